@@ -1,0 +1,23 @@
+"""Symmetric integer rounding of activations (DBellQuant, arXiv 2507.01027, §4.1)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor
+
+Scope = Literal["token", "tensor"]
+ACTIVATION_BITS = (16, 8, 6)  # 16: left as they are
+SMALLEST_MAXIMUM = 1e-5
+
+
+def quantize_activations(x: Tensor, bits: int, scope: Scope = "token") -> Tensor:
+    """s = max|x| / (2^(b−1) − 1), x̂ = round(x/s)·s, with one s per token or per tensor.
+
+    x: float (..., features), one token per row. bits: 16 returns `x` itself.
+    """
+    if bits == 16:
+        return x
+    largest = x.abs().amax(dim=-1, keepdim=True) if scope == "token" else x.abs().amax()
+    step = largest.clamp_min(SMALLEST_MAXIMUM) / (2 ** (bits - 1) - 1)
+    return (x / step).round_().mul_(step)

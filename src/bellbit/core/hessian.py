@@ -1,0 +1,60 @@
+"""The layer Hessian of GPTQ (arXiv 2210.17323): accumulation, damping, inverse Cholesky factor."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+DAMPING = 0.01
+DAMPING_LADDER = (DAMPING, 10 * DAMPING, 100 * DAMPING)
+
+
+def new_hessian(width: int, device: torch.device | str = "cpu") -> Tensor:
+    """An empty H: float32 (width, width)."""
+    return torch.zeros(width, width, device=device)
+
+
+def accumulate(hessian: Tensor, inputs: Tensor, samples: int) -> None:
+    """H += (2/n)·XᵀX in place, for one of the n calibration sequences.
+
+    hessian: float32 (in, in). inputs: (..., in), any float type. samples: n, the number of sequences in all.
+    """
+    x = inputs.reshape(-1, inputs.shape[-1]).float()
+    hessian.addmm_(x.t(), x, alpha=2 / samples)
+
+
+class InverseFactor(NamedTuple):
+    """U, the upper Cholesky factor of H⁻¹, and what it took to get it.
+
+    upper: float32 (in, in). dead: bool (in,), inputs that were always zero: their weights are set to zero.
+    damping: the share of mean(diag H) that was added; None if no damping helped and only diag H was used,
+    which amounts to rounding without error compensation.
+    """
+
+    upper: Tensor
+    dead: Tensor
+    damping: float | None
+
+
+def inverse_factor(hessian: Tensor) -> InverseFactor:
+    """Factor the inverse of the damped Hessian: H⁻¹ = UᵀU.
+
+    Dead inputs get H_jj = 1. Damping starts at 1 % of the mean diagonal and is raised tenfold twice; if H is
+    not positive definite even then, its diagonal alone is used.
+    hessian: float32 (in, in), undamped, finite; not changed.
+    """
+    diagonal = hessian.diagonal()
+    dead = diagonal == 0
+    repaired = hessian + torch.diag(dead.to(hessian.dtype))
+    mean = repaired.diagonal().mean()
+    for damping in DAMPING_LADDER:
+        damped = repaired + damping * mean * torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+        if not failed and bool(upper.isfinite().all()):
+            return InverseFactor(upper, dead, damping)
+    floor = repaired.diagonal().clamp_min(float(DAMPING * mean.abs()) or 1.0)
+    return InverseFactor(torch.diag(floor.rsqrt()), dead, None)

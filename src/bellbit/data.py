@@ -1,0 +1,278 @@
+"""Text: where it comes from, which part is for calibration, and how it is cut into windows of tokens.
+
+The conventions are those of GPTQ, which all papers in this field follow: calibration takes random windows of
+the training text, perplexity consecutive windows of the test text, each text tokenized once as a whole.
+"""
+
+from __future__ import annotations
+
+import bz2
+import hashlib
+import json
+import random
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+from xml.etree import ElementTree
+
+import torch
+from torch import Tensor
+
+from bellbit.errors import BellbitError
+from bellbit.fetch import WIKIPEDIA_DUMP, cache_dir, fetch
+
+Part = Literal["train", "test"]
+TRAIN_SHARE = 0.75  # of wiki-sample
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents of one text source.
+
+    separator: what joins them. by_document: calibration windows come from single documents (C4) instead of the
+    joined text. max_windows: evaluation stops there by convention.
+    """
+
+    name: str
+    documents: list[str]
+    separator: str = "\n\n"
+    by_document: bool = False
+    max_windows: int | None = None
+
+    @property
+    def text(self) -> str:
+        return self.separator.join(self.documents)
+
+    def cut(self, start: float, stop: float) -> Corpus:
+        """The documents between two shares (0 … 1) of all characters; those at the edges are cut."""
+        total = sum(map(len, self.documents))
+        low, high, position, kept = round(start * total), round(stop * total), 0, []
+        for document in self.documents:
+            piece = document[max(low - position, 0) : max(high - position, 0)]
+            position += len(document)
+            if piece:
+                kept.append(piece)
+        return replace(self, documents=kept)
+
+
+def load_corpus(spec: str, part: Part) -> Corpus:
+    """The text that `spec` names: a known data set or a path, with an optional slice as in `file.txt[:75%]`.
+
+    Data sets have a `train` and a `test` part and give the one asked for; a file gives all of itself. Slice
+    bounds are characters, or percent of them, of that part.
+    Raises BellbitError for an unknown source, a file that holds no text, and a slice that is empty.
+    """
+    match = re.fullmatch(r"(?P<source>.+?)(?:\[(?P<start>[^:\]]*):(?P<stop>[^:\]]*)\])?", spec)
+    if match is None:
+        raise BellbitError(f"--data/--calib {spec!r} is not understood; {_KNOWN}")
+    source = match["source"]
+    if source in SOURCES:
+        corpus = SOURCES[source](part)
+    elif Path(source).is_file():
+        corpus = Corpus(source, read_documents(Path(source)))
+    else:
+        raise BellbitError(f"no such text: {source!r} is neither a file nor a known data set; {_KNOWN}")
+    if match["start"] is not None:
+        total = max(sum(map(len, corpus.documents)), 1)
+        corpus = corpus.cut(_bound(match["start"], 0.0, total, spec), _bound(match["stop"], 1.0, total, spec))
+    if not corpus.documents:
+        raise BellbitError(f"{spec!r} selects no text")
+    return replace(corpus, name=spec)
+
+
+def _bound(text: str, default: float, total: int, spec: str) -> float:
+    """One bound of a slice as a share of the characters."""
+    try:
+        if not text.strip():
+            return default
+        share = float(text.rstrip("%")) / 100 if text.endswith("%") else int(text) / total
+    except ValueError:
+        raise BellbitError(f"slice bound {text!r} in {spec!r} is neither a number of characters nor a percentage") from None
+    return share + 1 if share < 0 else share
+
+
+def read_documents(path: Path) -> list[str]:
+    """Documents of a `.txt` (one), `.jsonl` or `.parquet` file (the field `text` of each row)."""
+    if path.suffix == ".parquet":
+        rows = _load_dataset("parquet", data_files=str(path), split="train")
+        return _field(path, rows)
+    try:
+        content = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise BellbitError(f"{path} is no text: byte {error.start} is not UTF-8") from None
+    if "\0" in content:
+        raise BellbitError(f"{path} is no text: it holds NUL bytes")
+    if path.suffix != ".jsonl":
+        return [content] if content.strip() else []
+    try:
+        return _field(path, [json.loads(line) for line in content.splitlines() if line.strip()])
+    except json.JSONDecodeError as error:
+        raise BellbitError(f"{path} is no JSON lines file: {error}") from None
+
+
+def _field(path: Path, rows: Any) -> list[str]:
+    try:
+        return [row["text"] for row in rows if row["text"].strip()]
+    except (KeyError, TypeError, AttributeError):
+        raise BellbitError(f"{path}: every row needs a string field 'text'") from None
+
+
+def _load_dataset(*arguments: Any, **options: Any) -> Any:
+    """`datasets.load_dataset`, its many network errors told as one."""
+    try:
+        import datasets
+    except ImportError:
+        raise BellbitError("this text needs the package 'datasets': pip install 'bellbit[data]'") from None
+    try:
+        return datasets.load_dataset(*arguments, **options)
+    except Exception as error:
+        raise BellbitError(
+            f"cannot load {arguments[0]}: {str(error).splitlines()[0]}\n"
+            "Where the hub is out of reach, use the built-in 'wiki-sample' or a .txt, .jsonl or .parquet file."
+        ) from error
+
+
+def _wikitext2(part: Part) -> Corpus:
+    rows = _load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split=part)
+    return Corpus("wikitext2", list(rows["text"]))
+
+
+def _ptb(part: Part) -> Corpus:
+    rows = _load_dataset("ptb-text-only/ptb_text_only", revision="refs/convert/parquet", split=part)
+    return Corpus("ptb", list(rows["sentence"]), separator=" ")
+
+
+def _c4(part: Part) -> Corpus:
+    file = "en/c4-train.00000-of-01024.json.gz" if part == "train" else "en/c4-validation.00000-of-00008.json.gz"
+    rows = _load_dataset("allenai/c4", data_files=file, split="train")
+    documents = list(rows["text"] if part == "train" else rows[:1100]["text"])
+    return Corpus("c4", documents, separator=" ", by_document=True, max_windows=256)
+
+
+def _wiki_sample(part: Part) -> Corpus:
+    whole = Corpus("wiki-sample", wikipedia_articles())
+    return whole.cut(0, TRAIN_SHARE) if part == "train" else whole.cut(TRAIN_SHARE, 1)
+
+
+SOURCES: dict[str, Callable[[Part], Corpus]] = {
+    "wiki-sample": _wiki_sample,
+    "wikitext2": _wikitext2,
+    "ptb": _ptb,
+    "c4": _c4,
+}
+_KNOWN = f"known are {', '.join(SOURCES)} and paths to .txt, .jsonl or .parquet files"
+
+
+def wikipedia_articles() -> list[str]:
+    """The articles of the Wikipedia dump sample in gensim's wheel, as plain text; stripped once, then cached."""
+    dump = fetch(WIKIPEDIA_DUMP)
+    rules = hashlib.sha256(f"{WIKIPEDIA_DUMP.sha256} {_STRIPPING_RULES}".encode()).hexdigest()[:16]
+    cached = cache_dir() / f"wiki-sample-{rules}.json"
+    if cached.exists():
+        articles: list[str] = json.loads(cached.read_text(encoding="utf-8"))
+        return articles
+    articles = [f"{title}\n\n{text}" for title, source in _dump_pages(dump) if (text := _plain_text(source))]
+    partial = cached.with_suffix(".partial")
+    partial.write_text(json.dumps(articles), encoding="utf-8")
+    partial.replace(cached)
+    return articles
+
+
+def _dump_pages(dump: Path) -> Iterator[tuple[str, str]]:
+    """Title and wiki markup of every article of a MediaWiki dump, redirects left out."""
+    with bz2.open(dump) as stream:
+        for _, page in ElementTree.iterparse(stream):
+            namespace, _, tag = page.tag.rpartition("}")
+            if tag != "page":
+                continue
+
+            def find(name: str, page: ElementTree.Element = page, prefix: str = namespace + "}") -> str:
+                return page.findtext("/".join(prefix + part for part in name.split("/"))) or ""
+
+            if find("ns") == "0" and page.find(f"{namespace}}}redirect") is None:
+                yield find("title"), find("revision/text")
+            page.clear()
+
+
+_STRIPPING_RULES = "no files, categories, language links, tables and references; runs of blank lines to one"
+
+
+def _plain_text(markup: str) -> str:
+    """Wiki markup without markup, as `_STRIPPING_RULES` says."""
+    import mwparserfromhell
+
+    code = mwparserfromhell.parse(markup)
+    for link in code.filter_wikilinks():
+        if re.match(r"\s*(:?(File|Image|Category)|[a-z]{2,3}(-[a-z-]+)?):", str(link.title)):
+            _remove(code, link)
+    for tag in code.filter_tags(matches=lambda node: str(node.tag).lower() in {"ref", "table", "gallery"}):
+        _remove(code, tag)
+    lines = (line.strip() for line in code.strip_code().splitlines())
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip()
+
+
+def _remove(code: Any, node: Any) -> None:
+    try:
+        code.remove(node)
+    except ValueError:
+        pass  # it stood inside a node that is gone already
+
+
+def tokenize(text: str, tokenizer: Any) -> Tensor:
+    """Token ids of the whole text, with the special tokens that the tokenizer adds of itself: int64 (n,)."""
+    return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.long)
+
+
+def calibration_windows(corpus: Corpus, tokenizer: Any, samples: int, seq_len: int, seed: int) -> Tensor:
+    """Random windows of the text: int64 (samples, seq_len).
+
+    They may overlap. With `by_document` each comes from one random document that is longer than it.
+    Raises BellbitError if the text has fewer tokens than the windows together.
+    """
+    needed = samples * seq_len
+    draw = random.Random(seed)
+    if corpus.by_document:
+        return _document_windows(corpus, tokenizer, samples, seq_len, draw)
+    tokens = tokenize(corpus.text, tokenizer)
+    if len(tokens) < max(needed, seq_len + 1):
+        raise _too_short(corpus, len(tokens), samples, seq_len)
+    starts = [draw.randrange(len(tokens) - seq_len) for _ in range(samples)]
+    return torch.stack([tokens[start : start + seq_len] for start in starts])
+
+
+def _document_windows(corpus: Corpus, tokenizer: Any, samples: int, seq_len: int, draw: random.Random) -> Tensor:
+    windows: list[Tensor] = []
+    order = draw.sample(range(len(corpus.documents)), len(corpus.documents))
+    for index in order:
+        tokens = tokenize(corpus.documents[index], tokenizer)
+        if len(tokens) > seq_len:
+            start = draw.randrange(len(tokens) - seq_len)
+            windows.append(tokens[start : start + seq_len])
+        if len(windows) == samples:
+            return torch.stack(windows)
+    raise _too_short(corpus, len(windows) * seq_len, samples, seq_len)
+
+
+def _too_short(corpus: Corpus, found: int, samples: int, seq_len: int) -> BellbitError:
+    return BellbitError(
+        f"the calibration text {corpus.name!r} is too short: {found} usable tokens found, "
+        f"{samples * seq_len} needed for {samples} windows of {seq_len}. "
+        "Give more text, or fewer --samples, or a smaller --seq-len."
+    )
+
+
+def evaluation_windows(corpus: Corpus, tokenizer: Any, seq_len: int, windows: int | None = None) -> Tensor:
+    """The text cut into consecutive windows, the tail dropped: int64 (n, seq_len); at most `windows` of them.
+
+    Raises BellbitError if the text is shorter than one window.
+    """
+    tokens = tokenize(corpus.text, tokenizer)
+    count = len(tokens) // seq_len
+    if count == 0:
+        raise BellbitError(
+            f"the text {corpus.name!r} is too short to evaluate: {len(tokens)} tokens found, {seq_len} needed"
+        )
+    limit = windows or corpus.max_windows or count
+    return tokens[: count * seq_len].view(count, seq_len)[:limit]

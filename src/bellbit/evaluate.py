@@ -1,0 +1,55 @@
+"""Perplexity as GPTQ and all papers of this field compute it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bellbit.errors import BellbitError
+
+TOKENS_AT_ONCE = 4096  # per forward pass: the packed weights are unpacked once for all of them
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """perplexity: exp of the mean over windows of the mean next-token loss. tokens: read, in all windows."""
+
+    perplexity: float
+    tokens: int
+    windows: int
+    seq_len: int
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@torch.no_grad()
+def perplexity(
+    model: Any, windows: Tensor, device: str = "cpu", progress: Callable[[float], None] = lambda share: None
+) -> Evaluation:
+    """Perplexity of a causal language model over windows of tokens.
+
+    windows: int64 (n, length), each read by itself, its first token predicted by nothing.
+    Raises BellbitError if the logits are NaN.
+    """
+    started = time.perf_counter()
+    model.to(device)
+    losses: list[float] = []
+    for batch in windows.split(max(1, TOKENS_AT_ONCE // windows.shape[1])):
+        tokens = batch.to(device)
+        logits = model(input_ids=tokens, use_cache=False).logits
+        for row, target in zip(logits, tokens, strict=True):
+            losses.append(float(torch.nn.functional.cross_entropy(row[:-1].float(), target[1:])))
+        progress(len(losses) / len(windows))
+    mean = math.fsum(losses) / len(losses)
+    if math.isnan(mean):
+        raise BellbitError("the model's logits are NaN; try --dtype float32")
+    value = math.exp(mean) if mean < 700 else math.inf
+    return Evaluation(value, windows.numel(), len(windows), windows.shape[1], time.perf_counter() - started)

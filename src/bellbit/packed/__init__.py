@@ -1,0 +1,1 @@
+"""What is stored: layouts, layers and checkpoints."""

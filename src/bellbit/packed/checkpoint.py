@@ -1,0 +1,163 @@
+"""Checkpoints on disk: safetensors shards whose every tensor is checked by size, shape and CRC-32 before use."""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import shutil
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
+from torch import Tensor
+
+from bellbit.errors import BellbitError
+from bellbit.packed.layouts import LAYOUTS, PackedTensor
+
+FORMAT_VERSION = 1
+MAX_SHARD_SIZE = "4GB"
+_CHECKSUMS = "crc32"
+_DTYPE_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+_DTYPE_NAMES = {torch.uint8: "U8", torch.int8: "I8", torch.float16: "F16"}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One entry of a safetensors header. dtype: as safetensors spells it. start, stop: byte range in `file`."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+    checksum: int | None
+
+    @property
+    def nbytes(self) -> int:
+        return self.stop - self.start
+
+
+def read_header(file: Path) -> dict[str, StoredTensor]:
+    """The tensors of a safetensors file by name.
+
+    Raises BellbitError if the header is no header, or for the first tensor whose bytes are not all there.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        try:
+            if length > size - 8:
+                raise ValueError("it is cut inside its header")
+            header = json.loads(stream.read(length))
+            checksums = json.loads(header.pop("__metadata__", {}).get(_CHECKSUMS, "{}"))
+            base = 8 + length
+            entries = {
+                name: StoredTensor(
+                    file,
+                    entry["dtype"],
+                    tuple(entry["shape"]),
+                    base + entry["data_offsets"][0],
+                    base + entry["data_offsets"][1],
+                    checksums.get(name),
+                )
+                for name, entry in header.items()
+            }
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+            raise BellbitError(f"{file} is no intact safetensors file: {error}") from None
+    for name, tensor in sorted(entries.items(), key=lambda item: item[1].start):
+        if tensor.stop > size:
+            raise BellbitError(
+                f"{file} is cut off: tensor {name!r} ends at byte {tensor.stop}, the file at byte {size}; "
+                "copy or download it again"
+            )
+        if tensor.nbytes != math.prod(tensor.shape) * _DTYPE_BYTES.get(tensor.dtype, 0):
+            raise BellbitError(f"{file}: tensor {name!r} of {tensor.dtype} {tensor.shape} cannot be {tensor.nbytes} bytes")
+    return entries
+
+
+def read_headers(files: Iterable[Path]) -> dict[str, StoredTensor]:
+    """The tensors of all shards by name."""
+    return {name: tensor for file in files for name, tensor in read_header(file).items()}
+
+
+def verify(files: Iterable[Path], quantization: Mapping[str, Any], shapes: Mapping[str, tuple[int, int]]) -> None:
+    """Check a checkpoint against its config before anything is loaded from it.
+
+    quantization: the `quantization_config`. shapes: (out, in) of each quantized linear by module name.
+    Raises BellbitError naming the first tensor that is missing, cut, misshapen, or whose bytes have changed.
+    """
+    stored = read_headers(files)
+    for module, shape in shapes.items():
+        layout, options = module_layout(quantization, module)
+        for field, spec in layout.spec(shape, options).items():
+            name = f"{module}.{field}"
+            tensor = stored.get(name)
+            if tensor is None:
+                raise BellbitError(f"the checkpoint lacks the tensor {name!r}")
+            if (tensor.dtype, tensor.shape) != (_DTYPE_NAMES[spec.dtype], spec.shape):
+                raise BellbitError(
+                    f"tensor {name!r} is {tensor.dtype} {tensor.shape}, but config.json makes it "
+                    f"{_DTYPE_NAMES[spec.dtype]} {spec.shape}"
+                )
+    by_file: dict[Path, list[tuple[str, StoredTensor]]] = {}
+    for name, tensor in stored.items():
+        by_file.setdefault(tensor.file, []).append((name, tensor))
+    for file, tensors in by_file.items():
+        with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            view = memoryview(content)
+            for name, tensor in tensors:
+                part = view[tensor.start : tensor.stop]
+                changed = tensor.checksum is not None and zlib.crc32(part) != tensor.checksum
+                part.release()
+                if changed:
+                    view.release()
+                    raise BellbitError(f"{file}: the bytes of tensor {name!r} are not those that were written")
+            view.release()
+
+
+def module_layout(quantization: Mapping[str, Any], module: str) -> tuple[type[PackedTensor], dict[str, Any]]:
+    """Layout and options of one quantized linear, as the `quantization_config` gives them."""
+    entry = dict(quantization["layouts"][quantization["modules"][module]])
+    layout = LAYOUTS.get(entry.pop("layout", ""))
+    if layout is None:
+        raise BellbitError(f"the layout of {module!r} is unknown to this version of bellbit: {entry}")
+    return layout, entry
+
+
+def check_version(quantization: Mapping[str, Any]) -> None:
+    """Raise BellbitError for a checkpoint of a newer format."""
+    version = quantization.get("format_version")
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise BellbitError(
+            f"this checkpoint has format version {version}, this bellbit reads up to {FORMAT_VERSION}: upgrade bellbit"
+        )
+
+
+def checksum(tensor: Tensor) -> int:
+    """CRC-32 of a tensor's bytes."""
+    return zlib.crc32(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+
+
+def write_shards(tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Write `tensors` as `model.safetensors`, or as shards with an index, checksums in their metadata.
+
+    Raises BellbitError if the disk has no room.
+    """
+    needed = sum(tensor.nbytes for tensor in tensors.values())
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise BellbitError(f"no space: the checkpoint takes {needed / 1e6:.0f} MB, {folder} has {free / 1e6:.0f} MB left")
+    plan = split_torch_state_dict_into_shards(dict(tensors), max_shard_size=MAX_SHARD_SIZE)
+    for filename, names in plan.filename_to_tensors.items():
+        shard = {name: tensors[name].detach().cpu().contiguous() for name in names}
+        checksums = json.dumps({name: checksum(tensor) for name, tensor in sorted(shard.items())})
+        save_file(shard, folder / filename, metadata={"format": "pt", _CHECKSUMS: checksums})
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")

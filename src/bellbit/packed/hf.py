@@ -1,0 +1,95 @@
+"""Registration with transformers: a saved checkpoint loads through `AutoModelForCausalLM.from_pretrained`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from bellbit.errors import BellbitError
+from bellbit.packed.checkpoint import FORMAT_VERSION, check_version, module_layout, verify
+from bellbit.packed.linear import PackedLinear
+
+QUANT_METHOD = "bellbit"
+
+
+@register_quantization_config(QUANT_METHOD)
+class BellbitConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """The `quantization_config` of a checkpoint; docs/format.md explains each field."""
+
+    def __init__(
+        self,
+        method: str = "",
+        layouts: Sequence[dict[str, Any]] = (),
+        modules: dict[str, int] | None = None,
+        act_bits: int = 16,
+        act_scope: str = "token",
+        rounded_outputs: Sequence[str] = (),
+        format_version: int = FORMAT_VERSION,
+        provenance: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        """layouts: layout name and options, each. modules: index into `layouts` by name of quantized linear.
+
+        act_bits, act_scope: rounding of every quantized linear's input. rounded_outputs: the linears whose
+        output is rounded too. provenance: how the checkpoint was made; kept, not used.
+        """
+        self.quant_method = QUANT_METHOD
+        self.format_version = format_version
+        self.method = method
+        self.layouts = list(layouts)
+        self.modules = dict(modules or {})
+        self.act_bits = act_bits
+        self.act_scope = act_scope
+        self.rounded_outputs = list(rounded_outputs)
+        self.provenance = dict(provenance or {})
+
+
+@register_quantizer(QUANT_METHOD)
+class BellbitQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Puts empty `PackedLinear`s into the model skeleton; transformers fills them straight from the file."""
+
+    requires_calibration = True
+
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, checkpoint_files: Sequence[str] | None = None, **_: Any
+    ) -> None:
+        config = self.quantization_config
+        check_version(config.to_dict())
+        shapes = {}
+        for name in config.modules:
+            try:
+                linear = model.get_submodule(name)
+            except AttributeError:
+                linear = None
+            if not isinstance(linear, nn.Linear):
+                raise BellbitError(f"config.json quantizes {name!r}, but the model has no such linear layer")
+            shapes[name] = (linear.out_features, linear.in_features)
+        verify(map(Path, checkpoint_files or ()), config.to_dict(), shapes)
+        for name, shape in shapes.items():
+            layout, options = module_layout(config.to_dict(), name)
+            linear = model.get_submodule(name)
+            layer = PackedLinear(
+                shape,
+                layout.layout,
+                options,
+                bias=linear.bias,
+                act_bits=config.act_bits,
+                act_scope=config.act_scope,
+                round_output=name in config.rounded_outputs,
+                device=torch.device("meta"),
+            )
+            model.set_submodule(name, layer)
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False

@@ -1,0 +1,1 @@
+"""Quantization after training: walks a model block by block."""

@@ -1,0 +1,289 @@
+"""The loop over decoder blocks: maxima, column scales, Hessians, packing, and on to the next block."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bellbit.core.activations import quantize_activations
+from bellbit.core.hessian import InverseFactor, accumulate, inverse_factor, new_hessian
+from bellbit.core.ltdb import SMALLEST_SCALE, learn_column_scales
+from bellbit.errors import BellbitError
+from bellbit.packed.layouts import PackedTensor
+from bellbit.packed.linear import PackedLinear
+from bellbit.ptq.families import Family, InputGroup, fold_column_scales
+from bellbit.ptq.methods import METHODS, Settings
+from bellbit.ptq.stream import BlockStream
+
+Progress = Callable[[float, str], None]  # share done (0 … 1), what is being done
+
+FALLBACK_LIMIT = 0.25  # share of Hessians beyond repair at which a run is given up
+
+# Where a block's time goes, measured on the demo model; only the progress bar depends on it.
+SHARES = {"maxima": 0.25, "hessians": 0.40, "quantize": 0.15, "propagate": 0.20}
+
+
+@dataclass
+class GroupRecord:
+    """What happened to one group of linears that share an input; for reports and figures.
+
+    before: weights by linear, as they came. scales: T (in,), if any. act_absmax: input maxima before T (in,).
+    packed: the results. errors: relative output error by linear, tr(ΔHΔᵀ)/tr(WHWᵀ), or without a Hessian
+    ‖Δ‖²/‖W‖².
+    """
+
+    block: int
+    group: InputGroup
+    before: dict[str, Tensor]
+    act_absmax: Tensor | None = None
+    scales: Tensor | None = None
+    packed: dict[str, PackedTensor] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
+
+
+Observer = Callable[[GroupRecord], None]
+
+
+@dataclass
+class Run:
+    """What a run over a model did. errors: as in GroupRecord, by full module name.
+
+    fallbacks: linears that were rounded plainly because their Hessian was beyond repair.
+    algorithm_seconds: spent outside the model's own forward passes and the accumulation of Hessians.
+    """
+
+    errors: dict[str, float] = field(default_factory=dict)
+    fallbacks: list[str] = field(default_factory=list)
+    algorithm_seconds: float = 0.0
+
+
+@torch.no_grad()
+def quantize_model(
+    model: Any,
+    family: Family,
+    settings: Settings,
+    windows: Tensor | None,
+    device: str,
+    progress: Progress,
+    observer: Observer | None = None,
+) -> Run:
+    """Replace the linears of every decoder block by packed ones, in place, block after block.
+
+    Each block runs at most three times over the calibration set: on the full-precision chain for the input
+    maxima, on the chain through the quantized blocks for the Hessians, and quantized, to go on with that chain.
+    Column scales are folded before the second run, so that it sees X/T itself: the Hessian diag(1/T)·H·diag(1/T)
+    costs no run of its own, and rounded activations are rounded after scaling, as at inference.
+
+    settings: resolved for `family`. windows: token ids (samples, length); None if the method needs no text.
+    """
+    run = Run()
+    method = METHODS[settings.method]
+    blocks: list[nn.Module] = list(model.get_submodule(family.blocks).children())
+    stream = None if windows is None else BlockStream(model, blocks, windows, device)
+    transforms = method.transforms and settings.ltdb != "off"
+    full_precision = stream.inputs.clone() if stream and transforms else None
+
+    for index, block in enumerate(blocks):
+        name = f"{family.blocks}.{index}"
+        steps = _Steps(progress, index, len(blocks))
+        block.to(device)
+        records = [_record(block, group, index, observer) for group in family.groups]
+        hessians: dict[InputGroup, Tensor] = {}
+        if stream is not None:
+            if full_precision is not None:
+                last = index == len(blocks) - 1
+                maxima = _input_maxima(stream, block, family, full_precision, steps.part("maxima"), keep=not last)
+                with _timed(run):
+                    for record in records:
+                        if record.group.norm is not None:
+                            record.act_absmax = maxima[record.group]
+                            record.scales = _column_scales(block, record.group, record.act_absmax, settings)
+                            fold_column_scales(block, record.group, record.scales)
+            hessians = _hessians(stream, block, family, settings, name, steps.part("hessians"))
+        with _timed(run):
+            for record in records:
+                _quantize_group(model, name, record, hessians.pop(record.group, None), family, settings, run)
+        if observer is not None:
+            for record in records:
+                observer(record)
+        steps.part("quantize")(1)
+        if stream is not None and index < len(blocks) - 1:
+            stream.run(block, stream.inputs, steps.part("propagate"))
+        block.to("cpu")
+    return run
+
+
+class _Steps:
+    """Turns what happens inside a block into a share of the whole."""
+
+    def __init__(self, progress: Progress, block: int, blocks: int) -> None:
+        self.progress, self.block, self.blocks = progress, block, blocks
+        self.done = 0.0
+
+    def part(self, name: str) -> Callable[[float], None]:
+        """A function that takes the share done of this part of the block."""
+        start = self.done
+        self.done += SHARES[name]
+
+        def report(share: float) -> None:
+            inside = start + share * SHARES[name]
+            self.progress((self.block + inside) / self.blocks, f"block {self.block + 1}/{self.blocks}: {name}")
+
+        return report
+
+
+@contextmanager
+def _timed(run: Run) -> Iterator[None]:
+    started = time.perf_counter()
+    yield
+    run.algorithm_seconds += time.perf_counter() - started
+
+
+def _record(block: nn.Module, group: InputGroup, index: int, observer: Observer | None) -> GroupRecord:
+    keep = group.linears if observer else ()
+    return GroupRecord(index, group, {name: _weight(block, name).clone() for name in keep})
+
+
+def _weight(block: nn.Module, linear: str) -> Tensor:
+    weight = block.get_submodule(linear).weight
+    assert isinstance(weight, Tensor)
+    return weight.detach()
+
+
+@contextmanager
+def _hooks(block: nn.Module, hooks: dict[str, Callable[[Tensor], Tensor | None]]) -> Iterator[None]:
+    """Call a function on the input of each named linear while the context is open; it may return another input."""
+
+    def before(function: Callable[[Tensor], Tensor | None]) -> Callable[..., Any]:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+            replacement = function(inputs[0])
+            return None if replacement is None else (replacement, *inputs[1:])
+
+        return hook
+
+    handles = [block.get_submodule(name).register_forward_pre_hook(before(f)) for name, f in hooks.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _input_maxima(
+    stream: BlockStream, block: nn.Module, family: Family, hidden: Tensor, report: Callable[[float], None], keep: bool
+) -> dict[InputGroup, Tensor]:
+    """max|X_c| over the calibration set for every group that a norm feeds: (in,) each. Advances `hidden`."""
+    maxima: dict[InputGroup, Tensor] = {}
+
+    def hook(group: InputGroup) -> Callable[[Tensor], None]:
+        def take(x: Tensor) -> None:
+            largest = x.detach().flatten(0, -2).abs().amax(dim=0)
+            maxima[group] = torch.maximum(maxima[group], largest) if group in maxima else largest
+
+        return take
+
+    with _hooks(block, {group.linears[0]: hook(group) for group in family.groups if group.norm}):
+        stream.run(block, hidden, report, keep)
+    return maxima
+
+
+def _column_scales(block: nn.Module, group: InputGroup, act_absmax: Tensor, settings: Settings) -> Tensor:
+    """T of one group, kept away from zero."""
+    steps = settings.ltdb_steps if settings.ltdb == "learn" else 0
+    weights = [_weight(block, name) for name in group.linears]
+    scales = learn_column_scales(weights, act_absmax, settings.epsilon, steps, settings.block_size)
+    return torch.where(scales.abs() < SMALLEST_SCALE, SMALLEST_SCALE, scales)
+
+
+def _hessians(
+    stream: BlockStream,
+    block: nn.Module,
+    family: Family,
+    settings: Settings,
+    name: str,
+    report: Callable[[float], None],
+) -> dict[InputGroup, Tensor]:
+    """One Hessian per group, from the chain through the quantized blocks, activations rounded as at inference."""
+    hessians: dict[InputGroup, Tensor] = {}
+    samples = len(stream.inputs)
+
+    def hook(group: InputGroup, linear: str) -> Callable[[Tensor], Tensor]:
+        def take(x: Tensor) -> Tensor:
+            x = quantize_activations(x, settings.act_bits, settings.resolved_scope)
+            if linear == group.linears[0]:
+                if group not in hessians:
+                    hessians[group] = new_hessian(x.shape[-1], x.device)
+                accumulate(hessians[group], x, samples)
+            return x
+
+        return take
+
+    hooks = {linear: hook(group, linear) for group in family.groups for linear in group.linears}
+    rounded = family.rounded_outputs if settings.act_bits < 16 else ()
+    handles = [
+        block.get_submodule(linear).register_forward_hook(
+            lambda _, __, y: quantize_activations(y, settings.act_bits, settings.resolved_scope)
+        )
+        for linear in rounded
+    ]
+    with _hooks(block, hooks):
+        stream.run(block, stream.inputs, report, keep=False)
+    for handle in handles:
+        handle.remove()
+    for group, hessian in hessians.items():
+        if not bool(hessian.isfinite().all()):
+            raise BellbitError(
+                f"the inputs of {name}.{group.linears[0]} hold NaN or infinite values on the calibration text; "
+                "try --dtype float32"
+            )
+    return hessians
+
+
+def _quantize_group(
+    model: Any,
+    block_name: str,
+    record: GroupRecord,
+    hessian: Tensor | None,
+    family: Family,
+    settings: Settings,
+    run: Run,
+) -> None:
+    """Pack the linears of one group and put them into the model."""
+    factor: InverseFactor | None = None if hessian is None else inverse_factor(hessian)
+    for linear in record.group.linears:
+        name = f"{block_name}.{linear}"
+        old = model.get_submodule(name)
+        weight = old.weight.detach().float()
+        packed = METHODS[settings.method].quantize(weight, factor, settings)
+        record.packed[linear] = packed
+        record.errors[linear] = run.errors[name] = _relative_error(weight, packed.dequantize(), hessian)
+        if factor is not None and factor.damping is None:
+            run.fallbacks.append(name)
+        rounds = settings.act_bits < 16 and linear in family.rounded_outputs
+        layer = PackedLinear.holding(
+            packed,
+            bias=None if old.bias is None else old.bias.detach(),
+            act_bits=settings.act_bits,
+            act_scope=settings.resolved_scope,
+            round_output=rounds,
+        )
+        model.set_submodule(name, layer)
+    total = len(family.groups) * len(model.get_submodule(family.blocks))
+    if len(run.fallbacks) > FALLBACK_LIMIT * total * max(len(group.linears) for group in family.groups):
+        raise BellbitError(
+            f"{len(run.fallbacks)} layers have a Hessian that no damping repairs, the last {run.fallbacks[-1]}; "
+            "the calibration text is too uniform or the model broken: give other text"
+        )
+
+
+def _relative_error(weight: Tensor, quantized: Tensor, hessian: Tensor | None) -> float:
+    difference = weight - quantized
+    if hessian is None:
+        return float(difference.square().sum() / weight.square().sum())
+    return float(((difference @ hessian) * difference).sum() / ((weight @ hessian) * weight).sum())

@@ -1,0 +1,154 @@
+"""The methods by name: what each needs from a block and how it turns one weight into a packed one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from bellbit.core.activations import ACTIVATION_BITS, Scope
+from bellbit.core.braq import braq
+from bellbit.core.hessian import InverseFactor, inverse_factor
+from bellbit.core.search import METRICS, Metric
+from bellbit.core.uniform import quantize_uniform
+from bellbit.errors import BellbitError
+from bellbit.packed.layouts import Codebook2, PackedTensor, Uniform, round_scales
+from bellbit.ptq.families import Family
+
+Ltdb = Literal["auto", "learn", "smooth", "off"]
+GROUP_SIZE = 128  # of gptq and rtn
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a quantization run can be told. Raises BellbitError for a value that is not possible.
+
+    bits: gptq and rtn only, 1 … 8. act_bits: 16, 8 or 6. block_size: columns per block. metric: of saliency.
+    compensate: feed each block's error into the next ones. epsilon, ltdb_steps: of the column scales.
+    ltdb: learn column scales, only smooth (T = T⁰), or leave out; `auto` as the published reference does for the
+    family. act_scope: one activation step per token or per tensor; `auto` likewise. scale_bits: 16 or 8.
+    """
+
+    method: str = "dbellquant"
+    bits: int = 2
+    act_bits: int = 16
+    block_size: int = 128
+    metric: Metric = "hessian"
+    compensate: bool = True
+    epsilon: float = 0.85
+    ltdb: Ltdb = "auto"
+    ltdb_steps: int = 200
+    scale_bits: int = 16
+    act_scope: Scope | Literal["auto"] = "auto"
+
+    def __post_init__(self) -> None:
+        def require(holds: bool, option: str, value: object, allowed: str) -> None:
+            if not holds:
+                raise BellbitError(f"--{option} {value} is not possible; allowed: {allowed}")
+
+        def one_of(option: str, value: object, allowed: tuple[object, ...]) -> None:
+            require(value in allowed, option, value, ", ".join(map(str, allowed)))
+
+        one_of("method", self.method, tuple(METHODS))
+        one_of("act-bits", self.act_bits, ACTIVATION_BITS)
+        one_of("metric", self.metric, METRICS)
+        one_of("ltdb", self.ltdb, get_args(Ltdb))
+        one_of("scale-bits", self.scale_bits, (16, 8))
+        one_of("act-scope", self.act_scope, ("auto", *get_args(Scope)))
+        require(1 <= self.bits <= 8, "bits", self.bits, "1 to 8")
+        require(self.block_size >= 2, "block-size", self.block_size, "2 and more")
+        require(0 <= self.epsilon <= 1, "epsilon", self.epsilon, "0 to 1")
+        require(self.ltdb_steps >= 0, "ltdb-steps", self.ltdb_steps, "0 and more")
+
+    def resolved(self, family: Family) -> Settings:
+        """The same with every `auto` made definite for a family."""
+        ltdb: Ltdb = ("learn" if family.learns_scales else "smooth") if self.ltdb == "auto" else self.ltdb
+        return replace(self, ltdb=ltdb, act_scope=family.act_scope if self.act_scope == "auto" else self.act_scope)
+
+    @property
+    def resolved_scope(self) -> Scope:
+        """`act_scope`, which must have been resolved."""
+        assert self.act_scope != "auto"
+        return self.act_scope
+
+
+@dataclass(frozen=True)
+class Method:
+    """quantize: (weight (out, in), factor of the inverse Hessian or None, settings) -> packed weight.
+
+    transforms: whether column scales are folded in first. calibrates: whether it needs Hessians, hence text.
+    saliency: whether it ranks columns by saliency.
+    """
+
+    quantize: Callable[[Tensor, InverseFactor | None, Settings], PackedTensor]
+    transforms: bool = False
+    calibrates: bool = True
+    saliency: bool = False
+
+
+def _braq(ordinary_order: Literal[1, 2]) -> Callable[[Tensor, InverseFactor | None, Settings], PackedTensor]:
+    def quantize(weight: Tensor, factor: InverseFactor | None, settings: Settings) -> PackedTensor:
+        parts = braq(
+            weight,
+            factor,
+            ordinary_order=ordinary_order,
+            block_size=settings.block_size,
+            metric=settings.metric,
+            compensate=settings.compensate,
+            store=lambda scales: round_scales(scales, settings.scale_bits),
+        )
+        return Codebook2.pack(parts, settings.block_size, settings.scale_bits)
+
+    return quantize
+
+
+def _uniform(weight: Tensor, factor: InverseFactor | None, settings: Settings) -> PackedTensor:
+    groups = quantize_uniform(weight, factor if settings.compensate else None, settings.bits, GROUP_SIZE)
+    return Uniform.pack(groups, settings.bits, GROUP_SIZE)
+
+
+METHODS: dict[str, Method] = {
+    "dbellquant": Method(_braq(ordinary_order=1), transforms=True, saliency=True),
+    "billm": Method(_braq(ordinary_order=2), saliency=True),
+    "gptq": Method(_uniform),
+    "rtn": Method(_uniform, calibrates=False),
+}
+
+
+@torch.no_grad()
+def quantize_weight(
+    weight: Tensor,
+    hessian: Tensor | None,
+    method: str = "dbellquant",
+    block_size: int = 128,
+    metric: Metric = "hessian",
+    compensate: bool = True,
+    **options: Any,
+) -> PackedTensor:
+    """Quantize one weight by itself, without column scales.
+
+    weight: float (out, in). hessian: undamped H = (2/n)·Σ XᵀX, (in, in); None only if nothing needs it: with
+    `method="rtn"`, or with `compensate=False` and `metric="magnitude"`. options: other fields of `Settings`
+    (`bits`, `scale_bits`).
+    Returns a PackedTensor: see its `dequantize()` and `bits_per_weight`.
+    Raises BellbitError for impossible settings, a missing or ill-shaped Hessian, and NaN or infinite input.
+    """
+    settings = Settings(method, block_size=block_size, metric=metric, compensate=compensate, **options)
+    if not bool(weight.isfinite().all()):
+        raise BellbitError("the weight holds NaN or infinite values")
+    if hessian is None:
+        if METHODS[method].calibrates and (compensate or (METHODS[method].saliency and metric == "hessian")):
+            raise BellbitError(
+                f"{method} needs a Hessian; only rtn, or compensate=False with metric='magnitude', does without"
+            )
+        return METHODS[method].quantize(weight, None, settings)
+    if hessian.shape != (weight.shape[1], weight.shape[1]) or not bool(hessian.isfinite().all()):
+        raise BellbitError(
+            f"the Hessian must be finite and {weight.shape[1]} × {weight.shape[1]} for a weight of shape "
+            f"{tuple(weight.shape)}; it is {tuple(hessian.shape)}"
+        )
+    factor = inverse_factor(hessian.float()) if METHODS[method].calibrates else None
+    return METHODS[method].quantize(weight, factor, settings)

