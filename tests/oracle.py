@@ -22,7 +22,7 @@ def binarize_masked(values, mask, order):
 
 
 def find_masks(scores, ordinary_order):
-    rows, columns = scores.shape
+    columns = scores.shape[1]
     ranking = scores.abs().sum(dim=0).argsort(descending=True)
     best_error, salient = float("inf"), torch.zeros(columns, dtype=torch.bool)
     for k in range(1, min(50, columns)):

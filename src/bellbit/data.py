@@ -7,6 +7,7 @@ the training text, perplexity consecutive windows of the test text, each text to
 from __future__ import annotations
 
 import bz2
+import contextlib
 import hashlib
 import json
 import random
@@ -89,7 +90,7 @@ def _bound(text: str, default: float, total: int, spec: str) -> float:
             return default
         share = float(text.rstrip("%")) / 100 if text.endswith("%") else int(text) / total
     except ValueError:
-        raise BellbitError(f"slice bound {text!r} in {spec!r} is neither a number of characters nor a percentage") from None
+        raise BellbitError(f"slice bound {text!r} in {spec!r} is no number of characters and no percentage") from None
     return share + 1 if share < 0 else share
 
 
@@ -214,10 +215,8 @@ def _plain_text(markup: str) -> str:
 
 
 def _remove(code: Any, node: Any) -> None:
-    try:
+    with contextlib.suppress(ValueError):  # it stood inside a node that is gone already
         code.remove(node)
-    except ValueError:
-        pass  # it stood inside a node that is gone already
 
 
 def tokenize(text: str, tokenizer: Any) -> Tensor:

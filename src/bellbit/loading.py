@@ -95,6 +95,17 @@ def _from_pretrained(cls: Any, location: Location, **options: Any) -> Any:
         ) from error
 
 
+def resolve_device(device: str, dtype: str) -> tuple[str, str]:
+    """`auto` made definite: a GPU if there is one; float32 on a CPU, where 16-bit arithmetic is slow."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise BellbitError(f"--device {device} is not to be had: {str(error).splitlines()[0]}") from None
+    return device, "float32" if dtype == "auto" and device == "cpu" else dtype
+
+
 def quiet() -> None:
     """Turn off transformers' own progress bars and notes; bellbit shows its own."""
     from transformers.utils import logging

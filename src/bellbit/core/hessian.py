@@ -17,7 +17,7 @@ def new_hessian(width: int, device: torch.device | str = "cpu") -> Tensor:
 
 
 def accumulate(hessian: Tensor, inputs: Tensor, samples: int) -> None:
-    """H += (2/n)·XᵀX in place, for one of the n calibration sequences.
+    """H += (2/n)·XᵀX in place, for one or more of the n calibration sequences.
 
     hessian: float32 (in, in). inputs: (..., in), any float type. samples: n, the number of sequences in all.
     """

@@ -59,7 +59,7 @@ def salient_columns(scores: Tensor, ordinary_order: Literal[1, 2]) -> Tensor:
     first k and `ordinary_order` terms on the others (1 in DBellQuant, 2 in BiLLM); the first least k wins.
     scores: float (r, c). A block of one column has no salient one.
     """
-    rows, columns = scores.shape
+    columns = scores.shape[1]
     order = scores.abs().sum(dim=0).argsort(descending=True)
     ranked = scores.t()[order].contiguous()  # columns lead, so that every candidate is a contiguous slice
     rest_error = _order1_error if ordinary_order == 1 else _order2_error

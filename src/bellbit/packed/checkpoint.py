@@ -77,7 +77,8 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
                 "copy or download it again"
             )
         if tensor.nbytes != math.prod(tensor.shape) * _DTYPE_BYTES.get(tensor.dtype, 0):
-            raise BellbitError(f"{file}: tensor {name!r} of {tensor.dtype} {tensor.shape} cannot be {tensor.nbytes} bytes")
+            what = f"{tensor.dtype} {tensor.shape}"
+            raise BellbitError(f"{file}: tensor {name!r} of {what} cannot be {tensor.nbytes} bytes")
     return entries
 
 
@@ -86,15 +87,10 @@ def read_headers(files: Iterable[Path]) -> dict[str, StoredTensor]:
     return {name: tensor for file in files for name, tensor in read_header(file).items()}
 
 
-def verify(files: Iterable[Path], quantization: Mapping[str, Any], shapes: Mapping[str, tuple[int, int]]) -> None:
-    """Check a checkpoint against its config before anything is loaded from it.
-
-    quantization: the `quantization_config`. shapes: (out, in) of each quantized linear by module name.
-    Raises BellbitError naming the first tensor that is missing, cut, misshapen, or whose bytes have changed.
-    """
-    stored = read_headers(files)
-    for module, shape in shapes.items():
-        layout, options = module_layout(quantization, module)
+def check_packed(stored: Mapping[str, StoredTensor], quantization: Mapping[str, Any]) -> None:
+    """Raise BellbitError naming the first tensor that the `quantization_config` calls for and `stored` has not."""
+    for module in quantization["modules"]:
+        layout, shape, options = module_layout(quantization, module)
         for field, spec in layout.spec(shape, options).items():
             name = f"{module}.{field}"
             tensor = stored.get(name)
@@ -105,6 +101,15 @@ def verify(files: Iterable[Path], quantization: Mapping[str, Any], shapes: Mappi
                     f"tensor {name!r} is {tensor.dtype} {tensor.shape}, but config.json makes it "
                     f"{_DTYPE_NAMES[spec.dtype]} {spec.shape}"
                 )
+
+
+def verify(files: Iterable[Path], quantization: Mapping[str, Any]) -> None:
+    """Check a checkpoint against its `quantization_config` before anything is loaded from it.
+
+    Raises BellbitError naming the first tensor that is missing, cut, misshapen, or whose bytes have changed.
+    """
+    stored = read_headers(files)
+    check_packed(stored, quantization)
     by_file: dict[Path, list[tuple[str, StoredTensor]]] = {}
     for name, tensor in stored.items():
         by_file.setdefault(tensor.file, []).append((name, tensor))
@@ -121,13 +126,22 @@ def verify(files: Iterable[Path], quantization: Mapping[str, Any], shapes: Mappi
             view.release()
 
 
-def module_layout(quantization: Mapping[str, Any], module: str) -> tuple[type[PackedTensor], dict[str, Any]]:
-    """Layout and options of one quantized linear, as the `quantization_config` gives them."""
-    entry = dict(quantization["layouts"][quantization["modules"][module]])
-    layout = LAYOUTS.get(entry.pop("layout", ""))
-    if layout is None:
-        raise BellbitError(f"the layout of {module!r} is unknown to this version of bellbit: {entry}")
-    return layout, entry
+def module_layout(
+    quantization: Mapping[str, Any], module: str
+) -> tuple[type[PackedTensor], tuple[int, int], dict[str, Any]]:
+    """Layout, shape (out, in) and options of one quantized linear, as the `quantization_config` gives them.
+
+    Raises BellbitError if they are not well-formed.
+    """
+    try:
+        entry = quantization["modules"][module]
+        rows, columns = entry["shape"]
+        options = dict(quantization["layouts"][entry["layout"]])
+        layout = LAYOUTS[options.pop("layout")]
+        layout.spec((rows, columns), options)
+    except (KeyError, IndexError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise BellbitError(f"config.json describes the layout of {module!r} wrongly: {error!r}") from None
+    return layout, (rows, columns), options
 
 
 def check_version(quantization: Mapping[str, Any]) -> None:
@@ -152,7 +166,9 @@ def write_shards(tensors: Mapping[str, Tensor], folder: Path) -> None:
     needed = sum(tensor.nbytes for tensor in tensors.values())
     free = shutil.disk_usage(folder).free
     if needed > free:
-        raise BellbitError(f"no space: the checkpoint takes {needed / 1e6:.0f} MB, {folder} has {free / 1e6:.0f} MB left")
+        raise BellbitError(
+            f"no space: the checkpoint takes {needed / 1e6:.0f} MB, {folder.parent} has {free / 1e6:.0f} MB left"
+        )
     plan = split_torch_state_dict_into_shards(dict(tensors), max_shard_size=MAX_SHARD_SIZE)
     for filename, names in plan.filename_to_tensors.items():
         shard = {name: tensors[name].detach().cpu().contiguous() for name in names}

@@ -27,7 +27,7 @@ class BellbitConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self,
         method: str = "",
         layouts: Sequence[dict[str, Any]] = (),
-        modules: dict[str, int] | None = None,
+        modules: dict[str, dict[str, Any]] | None = None,
         act_bits: int = 16,
         act_scope: str = "token",
         rounded_outputs: Sequence[str] = (),
@@ -35,7 +35,7 @@ class BellbitConfig(QuantizationConfigMixin):  # type: ignore[misc]
         provenance: dict[str, Any] | None = None,
         **_: Any,
     ) -> None:
-        """layouts: layout name and options, each. modules: index into `layouts` by name of quantized linear.
+        """layouts: layout name and options, each. modules: index into `layouts` and shape (out, in) by linear.
 
         act_bits, act_scope: rounding of every quantized linear's input. rounded_outputs: the linears whose
         output is rounded too. provenance: how the checkpoint was made; kept, not used.
@@ -61,23 +61,22 @@ class BellbitQuantizer(HfQuantizer):  # type: ignore[misc]
         self, model: nn.Module, checkpoint_files: Sequence[str] | None = None, **_: Any
     ) -> None:
         config = self.quantization_config
-        check_version(config.to_dict())
-        shapes = {}
+        described = config.to_dict()
+        check_version(described)
+        present = dict(model.named_modules())
+        linears: dict[str, nn.Linear] = {}
         for name in config.modules:
-            try:
-                linear = model.get_submodule(name)
-            except AttributeError:
-                linear = None
-            if not isinstance(linear, nn.Linear):
-                raise BellbitError(f"config.json quantizes {name!r}, but the model has no such linear layer")
-            shapes[name] = (linear.out_features, linear.in_features)
-        verify(map(Path, checkpoint_files or ()), config.to_dict(), shapes)
-        for name, shape in shapes.items():
-            layout, options = module_layout(config.to_dict(), name)
-            linear = model.get_submodule(name)
+            linear = present.get(name)
+            _, shape, _ = module_layout(described, name)
+            if not isinstance(linear, nn.Linear) or (linear.out_features, linear.in_features) != shape:
+                raise BellbitError(f"config.json quantizes {name!r} as {shape}, but the model has no such linear layer")
+            linears[name] = linear
+        verify(map(Path, checkpoint_files or ()), described)
+        for name, linear in linears.items():
+            kind, shape, options = module_layout(described, name)
             layer = PackedLinear(
                 shape,
-                layout.layout,
+                kind.layout,
                 options,
                 bias=linear.bias,
                 act_bits=config.act_bits,

@@ -80,7 +80,8 @@ class PackedTensor(ABC):
 
     def to(self, device: torch.device | str) -> Self:
         """The same weight on another device."""
-        return replace(self, **{name: tensor.to(device) for name, tensor in self.tensors.items()})
+        moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in self.tensors.items()}
+        return replace(self, **moved)
 
 
 def stored_bits(layout: type[PackedTensor], shape: tuple[int, int], options: Mapping[str, Any]) -> dict[str, float]:

@@ -61,13 +61,13 @@ def quantization_config(
 ) -> BellbitConfig:
     """The `quantization_config` that describes a model's packed layers."""
     layouts: list[dict[str, Any]] = []
-    modules: dict[str, int] = {}
+    modules: dict[str, dict[str, Any]] = {}
     rounded = []
     for name, layer in packed_linears(model).items():
         entry = {"layout": layer.layout, **layer.options}
         if entry not in layouts:
             layouts.append(entry)
-        modules[name] = layouts.index(entry)
+        modules[name] = {"layout": layouts.index(entry), "shape": [layer.out_features, layer.in_features]}
         if layer.round_output:
             rounded.append(name)
     return BellbitConfig(method, layouts, modules, act_bits, act_scope, rounded, provenance=provenance)
@@ -104,6 +104,8 @@ def save_checkpoint(
         if model.generation_config is not None:
             model.generation_config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        for file in folder.iterdir():
+            file.chmod(0o644)  # safetensors writes for the owner alone
         _check_reload(model, folder, probe)
         _put_in_place(folder, target, overwrite)
     except OSError as error:
@@ -137,4 +139,3 @@ def _put_in_place(folder: Path, target: Path, overwrite: bool) -> None:
         shutil.rmtree(old)
     else:
         folder.replace(target)  # an empty directory may be replaced, anything else raises
-

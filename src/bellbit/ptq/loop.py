@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +25,8 @@ Progress = Callable[[float, str], None]  # share done (0 … 1), what is being d
 
 FALLBACK_LIMIT = 0.25  # share of Hessians beyond repair at which a run is given up
 
+TOKENS_AT_ONCE = 4096  # in one run of a block; float32 products of 4096 rows are 1.4 times faster than of 1024
+
 # Where a block's time goes, measured on the demo model; only the progress bar depends on it.
 SHARES = {"maxima": 0.25, "hessians": 0.40, "quantize": 0.15, "propagate": 0.20}
 
@@ -33,12 +35,13 @@ SHARES = {"maxima": 0.25, "hessians": 0.40, "quantize": 0.15, "propagate": 0.20}
 class GroupRecord:
     """What happened to one group of linears that share an input; for reports and figures.
 
-    before: weights by linear, as they came. scales: T (in,), if any. act_absmax: input maxima before T (in,).
-    packed: the results. errors: relative output error by linear, tr(ΔHΔᵀ)/tr(WHWᵀ), or without a Hessian
-    ‖Δ‖²/‖W‖².
+    block, blocks: index of the decoder block and their number. before: weights by linear, as they came.
+    act_absmax: input maxima before T (in,). scales: T (in,), if any. packed: the results.
+    errors: relative output error by linear, tr(ΔHΔᵀ)/tr(WHWᵀ), or without a Hessian ‖Δ‖²/‖W‖².
     """
 
     block: int
+    blocks: int
     group: InputGroup
     before: dict[str, Tensor]
     act_absmax: Tensor | None = None
@@ -85,7 +88,12 @@ def quantize_model(
     run = Run()
     method = METHODS[settings.method]
     blocks: list[nn.Module] = list(model.get_submodule(family.blocks).children())
-    stream = None if windows is None else BlockStream(model, blocks, windows, device)
+    stream = None
+    if windows is not None:
+        # a step per tensor must see one window at a time, as at inference
+        single = settings.act_bits < 16 and settings.resolved_scope == "tensor"
+        batch_size = 1 if single else max(1, TOKENS_AT_ONCE // windows.shape[1])
+        stream = BlockStream(model, blocks, windows, device, batch_size)
     transforms = method.transforms and settings.ltdb != "off"
     full_precision = stream.inputs.clone() if stream and transforms else None
 
@@ -93,7 +101,7 @@ def quantize_model(
         name = f"{family.blocks}.{index}"
         steps = _Steps(progress, index, len(blocks))
         block.to(device)
-        records = [_record(block, group, index, observer) for group in family.groups]
+        records = [_record(block, group, index, len(blocks), observer) for group in family.groups]
         hessians: dict[InputGroup, Tensor] = {}
         if stream is not None:
             if full_precision is not None:
@@ -145,9 +153,9 @@ def _timed(run: Run) -> Iterator[None]:
     run.algorithm_seconds += time.perf_counter() - started
 
 
-def _record(block: nn.Module, group: InputGroup, index: int, observer: Observer | None) -> GroupRecord:
+def _record(block: nn.Module, group: InputGroup, index: int, count: int, observer: Observer | None) -> GroupRecord:
     keep = group.linears if observer else ()
-    return GroupRecord(index, group, {name: _weight(block, name).clone() for name in keep})
+    return GroupRecord(index, count, group, {name: _weight(block, name).clone() for name in keep})
 
 
 def _weight(block: nn.Module, linear: str) -> Tensor:
@@ -157,7 +165,7 @@ def _weight(block: nn.Module, linear: str) -> Tensor:
 
 
 @contextmanager
-def _hooks(block: nn.Module, hooks: dict[str, Callable[[Tensor], Tensor | None]]) -> Iterator[None]:
+def _hooks(block: nn.Module, hooks: Mapping[str, Callable[[Tensor], Tensor | None]]) -> Iterator[None]:
     """Call a function on the input of each named linear while the context is open; it may return another input."""
 
     def before(function: Callable[[Tensor], Tensor | None]) -> Callable[..., Any]:

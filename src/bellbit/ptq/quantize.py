@@ -13,7 +13,7 @@ from torch import nn
 
 from bellbit.data import calibration_windows, load_corpus
 from bellbit.errors import BellbitError
-from bellbit.loading import is_quantized, load_config, load_model, load_tokenizer, locate
+from bellbit.loading import is_quantized, load_config, load_model, load_tokenizer, locate, resolve_device
 from bellbit.packed.layouts import PackedTensor
 from bellbit.packed.save import check_output, packed_linears, quantization_config, round_unquantized, save_checkpoint
 from bellbit.ptq.families import Family, check_foldable, family_of
@@ -124,17 +124,6 @@ def quantize(
 def _weighted_mean(weights: list[PackedTensor], value: Callable[[PackedTensor], float]) -> float:
     sizes = [packed.shape[0] * packed.shape[1] for packed in weights]
     return sum(size * value(packed) for size, packed in zip(sizes, weights, strict=True)) / sum(sizes)
-
-
-def resolve_device(device: str, dtype: str) -> tuple[str, str]:
-    """`auto` made definite: a GPU if there is one; float32 on a CPU, where 16-bit arithmetic is slow."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise BellbitError(f"--device {device} is not to be had: {str(error).splitlines()[0]}") from None
-    return device, "float32" if dtype == "auto" and device == "cpu" else dtype
 
 
 def linears_of(model: Any, family: Family) -> set[str]:

@@ -13,14 +13,16 @@ from torch.utils._pytree import tree_map_only
 class BlockStream:
     """Runs single decoder blocks over a set of token windows.
 
-    What each block is called with besides the hidden states (masks, positions, rotary tables) is recorded once,
-    from the model's own forward pass, and replayed. All windows have the same length and no padding, so these
-    arguments are the same for all of them.
+    What each block is called with besides the hidden states (masks, positions, rotary tables) is recorded once
+    for one window, from the model's own forward pass, and replayed. All windows have the same length and no
+    padding, so these arguments are the same for all of them and broadcast over a batch.
     """
 
-    def __init__(self, model: Any, blocks: list[nn.Module], windows: Tensor, device: torch.device | str) -> None:
-        """windows: int64 (samples, length)."""
-        self.device = torch.device(device)
+    def __init__(
+        self, model: Any, blocks: list[nn.Module], windows: Tensor, device: torch.device | str, batch_size: int
+    ) -> None:
+        """windows: int64 (samples, length). batch_size: windows that go through a block together."""
+        self.device, self.batch_size = torch.device(device), batch_size
         self.arguments: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
         self.runs: dict[nn.Module, int] = dict.fromkeys(blocks, 0)
         self.inputs = self._embed(model, blocks, windows)
@@ -57,8 +59,10 @@ class BlockStream:
         """
         self.runs[block] += 1
         args, kwargs = tree_map_only(Tensor, lambda t: t.to(self.device), self.arguments[block])
-        for i in range(len(hidden)):
-            output = block(hidden[i : i + 1].to(self.device), *args, **kwargs)
+        done = 0
+        for batch in hidden.split(self.batch_size):
+            output = block(batch.to(self.device), *args, **kwargs)
             if keep:
-                hidden[i : i + 1] = output[0] if isinstance(output, tuple) else output
-            report((i + 1) / len(hidden))
+                batch.copy_(output[0] if isinstance(output, tuple) else output)
+            done += len(batch)
+            report(done / len(hidden))

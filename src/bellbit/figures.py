@@ -1,0 +1,98 @@
+"""Pictures of a quantization: one bell before, two bells after, input maxima, and the error of every layer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bellbit.errors import BellbitError
+from bellbit.ptq.loop import GroupRecord
+
+BLOCK = 128  # columns that share two bells
+BEFORE, AFTER, TARGET = "#7f8c8d", "#1f77b4", "#d62728"
+
+
+class Figures:
+    """An observer of `quantize` that draws the first, middle and last block, and at the end all errors.
+
+    Raises BellbitError if matplotlib is missing or the folder cannot be made.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            import matplotlib
+        except ImportError:
+            raise BellbitError("--figures needs matplotlib: pip install 'bellbit[figures]'") from None
+        matplotlib.use("Agg")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise BellbitError(f"cannot make the directory {folder} for figures: {error.strerror}") from None
+        self.folder = folder
+        self.drawn: list[Path] = []
+        self.errors: dict[str, dict[int, float]] = {}
+
+    def __call__(self, record: GroupRecord) -> None:
+        for linear, error in record.errors.items():
+            self.errors.setdefault(linear, {})[record.block] = error
+        if record.scales is not None and record.block in {0, record.blocks // 2, record.blocks - 1}:
+            self._draw_group(record)
+
+    def finish(self) -> list[Path]:
+        """Draw the errors; returns the paths of all pictures."""
+        from matplotlib import pyplot
+
+        figure, axis = pyplot.subplots(figsize=(8, 4), layout="constrained")
+        for linear, errors in self.errors.items():
+            axis.plot(list(errors), list(errors.values()), marker=".", label=linear)
+        axis.set(xlabel="decoder block", ylabel="relative output error", yscale="log", title="Error per layer")
+        axis.legend(fontsize="small", ncols=2)
+        self._save(figure, "errors.png")
+        return self.drawn
+
+    def _draw_group(self, record: GroupRecord) -> None:
+        from matplotlib import pyplot
+
+        linear = record.group.linears[0]
+        weight, scales, maxima = record.before[linear].float(), record.scales, record.act_absmax
+        assert scales is not None and maxima is not None
+        figure, (bells, channels) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
+        for values, colour, label in (
+            (weight, BEFORE, "before: one bell"),
+            (weight * scales, AFTER, "after scaling columns: two bells"),
+        ):
+            look = {"bins": 120, "range": (-4, 4), "density": True, "alpha": 0.6}
+            bells.hist(_row_normalized(values).numpy(), color=colour, label=label, **look)
+        for target in (-1, 1):
+            bells.axvline(target, color=TARGET, linestyle="--", label="targets m ± d" if target > 0 else None)
+        bells.set(title=f"Weights of block {record.block}, {linear}", ylabel="density")
+        bells.set_xlabel("(w − m) / d, per row and 128 columns")
+        bells.legend(fontsize="small")
+        order = maxima.argsort(descending=True)
+        channels.plot(maxima[order].numpy(), color=BEFORE, label="before")
+        channels.plot((maxima / scales.abs())[order].numpy(), color=AFTER, label="after", linewidth=0.8)
+        channels.set(title="Largest input per channel", ylabel="max |x|", yscale="log")
+        channels.set_xlabel("channel, by its maximum before")
+        channels.legend(fontsize="small")
+        self._save(figure, f"block-{record.block:02}-{linear.replace('.', '-')}.png")
+
+    def _save(self, figure: Any, name: str) -> None:
+        from matplotlib import pyplot
+
+        path = self.folder / name
+        figure.savefig(path, dpi=110)
+        pyplot.close(figure)
+        self.drawn.append(path)
+
+
+def _row_normalized(values: Tensor) -> Tensor:
+    """(v − m) / d of every row and whole block of columns, where the targets are ±1: flat."""
+    parts = values.split(BLOCK, dim=1)
+    normalized = []
+    for part in parts:
+        centred = part - part.mean(dim=1, keepdim=True)
+        normalized.append((centred / centred.abs().mean(dim=1, keepdim=True).clamp_min(1e-12)).flatten())
+    return torch.cat(normalized)

@@ -1,0 +1,90 @@
+"""How results look on a terminal: tables, sizes, and a progress bar with the time left."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from bellbit.demo import Demo
+from bellbit.inspection import Inspection, Row
+
+BIT_PARTS = ("signs", "bitmap", "codes", "scales", "values")
+
+
+def size(nbytes: float) -> str:
+    """Bytes for people: 1.5 MB."""
+    power = min(int(math.log10(max(nbytes, 1)) // 3), 4)
+    return f"{nbytes / 1000**power:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
+
+
+def perplexity_text(value: float) -> str:
+    """Two decimals while they mean something, else whole numbers with separators."""
+    return f"{value:.2f}" if value < 1000 else f"{value:,.0f}"
+
+
+@contextmanager
+def progress_bar(console: Console) -> Iterator[Callable[[float, str], None]]:
+    """A bar on `console` with elapsed and remaining time; yields the function that moves it (share, text)."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    # the estimate looks at the last five minutes: blocks are alike, the first seconds are not
+    with Progress(*columns, console=console, speed_estimate_period=300) as progress:
+        task = progress.add_task("", total=1.0)
+        yield lambda share, text: progress.update(task, completed=share, description=text)
+
+
+def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> Table:
+    """A table whose first `left` columns are words and whose others are numbers."""
+    result = Table(title=title, title_justify="left", title_style="bold")
+    for i, name in enumerate(header):
+        result.add_column(name, justify="left" if i < left else "right", overflow="fold")
+    for row in rows:
+        result.add_row(*row)
+    return result
+
+
+def inspection_table(inspection: Inspection) -> Table:
+    """Every tensor and the totals of a model."""
+    parts = [part for part in BIT_PARTS if any(part in row.bits for row in inspection.rows)]
+
+    def cells(row: Row, name: str) -> list[str]:
+        shape = "×".join(map(str, row.shape)) if row.name != row.kind else f"{row.count:,}"
+        bits = [f"{row.bits[part]:.4g}" if part in row.bits else "" for part in parts]
+        return [name, row.layout, shape, *bits, f"{row.bits_per_weight:.4g}", f"{row.nominal:.4g}", size(row.nbytes)]
+
+    header = ["tensor", "layout", "shape", *parts, "bits stored", "bits as papers count", "on disk"]
+    rows = [cells(row, row.name) for row in inspection.rows]
+    result = table(f"{inspection.model}: stored bits per weight", header, rows, left=3)
+    result.add_section()
+    for total in inspection.totals:
+        result.add_row(*cells(total, f"all {total.kind}" if total.kind != "total" else "everything"), style="bold")
+    return result
+
+
+def demo_table(demo: Demo) -> Table:
+    """Before and after: perplexity, stored bits, file sizes."""
+    source, result = demo.source.total(), demo.result.total()
+    rows = [
+        ["at 16 bits", perplexity_text(demo.before.perplexity), "16", "16", size(2 * result.count) + " (computed)"],
+        ["as shipped (4-bit GGUF)", "the same", "", f"{source.bits_per_weight:.2f}", size(demo.source.file_bytes)],
+        [
+            "DBellQuant, packed",
+            perplexity_text(demo.after.perplexity),
+            f"{demo.result.total('quantized').bits_per_weight:.3f}",
+            f"{result.bits_per_weight:.2f}",
+            size(demo.result.file_bytes),
+        ],
+    ]
+    header = ["SmolLM2-135M-Instruct", "perplexity", "bits per quantized weight", "bits, embeddings included", "file"]
+    return table("Before and after", header, rows)
