@@ -67,16 +67,16 @@ class BellbitQuantizer(HfQuantizer):  # type: ignore[misc]
         linears: dict[str, nn.Linear] = {}
         for name in config.modules:
             linear = present.get(name)
-            _, shape, _ = module_layout(described, name)
+            shape = module_layout(described, name)[1]
             if not isinstance(linear, nn.Linear) or (linear.out_features, linear.in_features) != shape:
                 raise BellbitError(f"config.json quantizes {name!r} as {shape}, but the model has no such linear layer")
             linears[name] = linear
         verify(map(Path, checkpoint_files or ()), described)
         for name, linear in linears.items():
-            kind, shape, options = module_layout(described, name)
-            layer = PackedLinear(
+            layout, shape, options = module_layout(described, name)
+            packed_layer = PackedLinear(
                 shape,
-                kind.layout,
+                layout.layout,
                 options,
                 bias=linear.bias,
                 act_bits=config.act_bits,
@@ -84,7 +84,7 @@ class BellbitQuantizer(HfQuantizer):  # type: ignore[misc]
                 round_output=name in config.rounded_outputs,
                 device=torch.device("meta"),
             )
-            model.set_submodule(name, layer)
+            model.set_submodule(name, packed_layer)
 
     def is_serializable(self) -> bool:
         return True

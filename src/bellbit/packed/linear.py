@@ -68,7 +68,7 @@ class PackedLinear(nn.Module):
         """Moves as any module does, but never changes the dtype of a stored tensor."""
         dtypes = {name: getattr(self, name).dtype for name in self._stored}
         stored = {name: getattr(self, name) for name in self._stored}
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, dtype in dtypes.items():
             moved = getattr(self, name)
             if moved.dtype != dtype:

@@ -1,0 +1,143 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bellbit import quantize_weight
+from bellbit.core.binarize import BinarizedBlock, reconstruct_block
+from bellbit.core.braq import braq
+from bellbit.core.uniform import UniformGroup, quantize_uniform
+from bellbit.errors import BellbitError
+from bellbit.packed.bits import pack_bits, packed_width, unpack_bits
+from bellbit.packed.layouts import (
+    LAYOUTS,
+    Codebook2,
+    Uniform,
+    from_shared_exponent,
+    round_scales,
+    shared_exponent,
+)
+
+
+def weight_of(rows=24, columns=320, seed=0):
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+
+
+def packed_weight(rows=24, columns=320, **options):
+    return quantize_weight(weight_of(rows, columns), None, metric="magnitude", compensate=False, **options)
+
+
+@given(st.integers(1, 70), st.integers(0, 1000))
+def test_unpacking_undoes_packing(columns, seed):
+    bits = torch.rand(3, columns, generator=torch.Generator().manual_seed(seed)) < 0.5
+    packed = pack_bits(bits)
+    assert packed.shape == (3, packed_width(columns))
+    assert torch.equal(unpack_bits(packed, columns), bits)
+
+
+def test_bit_order_is_least_significant_first():
+    assert pack_bits(torch.tensor([1, 0, 0, 0, 0, 0, 0, 0, 0, 1], dtype=torch.bool)).tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("columns", [1, 7, 64, 128, 129, 320])
+@pytest.mark.parametrize("scale_bits", [16, 8])
+def test_codebook2_stores_what_was_binarized(columns, scale_bits):
+    parts = braq(
+        weight_of(9, columns),
+        None,
+        metric="magnitude",
+        compensate=False,
+        store=lambda scales: round_scales(scales, scale_bits),
+    )
+    packed = Codebook2.pack(parts, 128, scale_bits)
+    assert torch.equal(packed.dequantize(), torch.cat([reconstruct_block(part) for part in parts], dim=1))
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_uniform_stores_what_was_rounded(bits):
+    weight = weight_of(9, 200)
+    groups = quantize_uniform(weight, None, bits)
+    packed = Uniform.pack(groups, bits, 128)
+    expected = torch.cat([g.scale * (g.codes.float() - g.zero.float()) for g in groups], dim=1)
+    assert torch.equal(packed.dequantize(), expected)
+    # one step is at most the span over 2^b − 1; half of it is the most that rounding can lose, fp16 scale aside
+    span = weight.amax().clamp_min(0) - weight.amin().clamp_max(0)
+    assert (packed.dequantize() - weight).abs().max() <= 0.51 * span / (2**bits - 1)
+
+
+def test_bits_are_those_of_the_specification():
+    assert packed_weight(1000, 128).bits == pytest.approx({"signs": 1, "bitmap": 1 + 1 / 1000, "scales": 0.875})
+    # a last block of 64 columns has the scales of a whole one: 2 + 112/64 = 3.75
+    assert packed_weight(1000, 64).bits_per_weight == pytest.approx(3.75 + 1 / 1000)
+    assert packed_weight(1000, 128, scale_bits=8).bits_per_weight == pytest.approx(2.5 + 1 / 1000)
+    assert packed_weight(16, 256, method="rtn", bits=3).bits == pytest.approx({"codes": 3, "scales": 24 / 128})
+
+
+def test_bits_count_every_stored_byte():
+    for packed in (packed_weight(), packed_weight(scale_bits=8), packed_weight(method="rtn", bits=5)):
+        stored = sum(tensor.nbytes for tensor in packed.tensors.values())
+        assert packed.bits_per_weight == pytest.approx(8 * stored / (24 * 320))
+        specified = LAYOUTS[packed.layout].spec(packed.shape, packed.options)
+        assert {name: (tuple(t.shape), t.dtype) for name, t in packed.tensors.items()} == {
+            name: (spec.shape, spec.dtype) for name, spec in specified.items()
+        }
+
+
+def test_nominal_bits_count_signs_only():
+    packed = packed_weight()
+    salient = int(unpack_bits(packed.salient, 320).sum())
+    assert packed.nominal_bits == 1 + salient / 320
+    assert packed_weight(method="rtn", bits=4).nominal_bits == 4
+
+
+@given(st.floats(1e-6, 1e6), st.integers(0, 1000))
+def test_eight_bit_scales_are_within_half_a_step_of_the_largest(magnitude, seed):
+    scales = torch.randn(5, 7, generator=torch.Generator().manual_seed(seed)) * magnitude
+    integers, exponents = shared_exponent(scales)
+    error = (from_shared_exponent(integers, exponents) - scales).abs()
+    # the largest of a row uses 64 … 127 of the 127 steps, so half a step is at most 1/127 of it
+    assert (error <= scales.abs().amax(dim=1, keepdim=True) / 127 * 1.01).all()
+    assert integers.abs().amax(dim=1).min() >= 63
+
+
+def test_scales_of_zero_survive_eight_bits():
+    assert torch.equal(round_scales(torch.zeros(2, 7), 8), torch.zeros(2, 7))
+
+
+def test_a_scale_too_large_for_float16_is_refused():
+    with pytest.raises(BellbitError, match=r"does not fit float16.*--scale-bits 8"):
+        round_scales(torch.full((1, 7), 1e5), 16)
+
+
+def test_golden_bytes_of_codebook2():
+    """The stored bytes of one row of ten columns, as docs/format.md lays them out: a change here is a new format."""
+    block = BinarizedBlock(
+        signs=torch.tensor([[1, 1, 0, 0, 1, 0, 1, 0, 0, 1]], dtype=torch.bool),
+        second=torch.tensor([[0, 0, 0, 1, 1, 1, 0, 0, 1, 0]], dtype=torch.bool),
+        scales=torch.tensor([[0.0, 1.0, -0.5, 2.0, 0.25, 4.0, 1.0]]),
+        salient=torch.tensor([0, 0, 1, 0, 0, 0, 0, 0, 1, 0], dtype=torch.bool),
+    )
+    packed = Codebook2.pack([block], block_size=128)
+    assert {name: tensor.numpy().tobytes().hex() for name, tensor in packed.tensors.items()} == {
+        "signs": "5302",
+        "second": "3801",
+        "scales": "0000003c00b800400034" + "0044003c",
+        "salient": "0401",
+    }
+    expected = [[1.0, 1.0, -4.75, -2.5, 1.5, -2.5, 1.0, -1.0, -2.75, 1.0]]
+    assert packed.dequantize().tolist() == expected
+    eight = Codebook2.pack([block], block_size=128, scale_bits=8)
+    assert eight.tensors["scales"].tolist() == [[[0, 16, -8, 32, 4, 64, 16]]]
+    assert eight.tensors["exponents"].tolist() == [[129]]
+    assert eight.dequantize().tolist() == expected
+
+
+def test_golden_bytes_of_uniform():
+    group = UniformGroup(
+        codes=torch.tensor([[0, 1, 2, 3, 4, 5, 6, 7, 7]], dtype=torch.uint8),
+        scale=torch.tensor([[0.5]]),
+        zero=torch.tensor([[3]], dtype=torch.uint8),
+    )
+    packed = Uniform.pack([group], width=3, group_size=128)
+    assert packed.codes.tolist() == [[[0b10101010, 1]], [[0b11001100, 1]], [[0b11110000, 1]]]
+    assert packed.dequantize().tolist() == [[-1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0, 2.0]]
