@@ -13,6 +13,8 @@ from transformers.models.opt import OPTConfig
 from transformers.models.qwen2 import Qwen2Config
 from transformers.models.qwen3 import Qwen3Config
 
+torch.set_num_threads(1)  # the models are so small that a second thread only costs
+
 VOCABULARY = 258  # the bytes, <s>, </s>
 _LLAMA_LIKE = {
     "hidden_size": 192,  # a block of 128 and a shorter one of 64

@@ -93,7 +93,7 @@ def fold_column_scales(block: nn.Module, group: InputGroup, scales: Tensor) -> N
     norm = block.get_submodule(group.norm)
     with torch.no_grad():
         for parameter in norm.parameters():
-            parameter.copy_(parameter.float() / scales)
+            parameter.copy_(parameter / scales)  # 16-bit values are promoted to float32
         for name in group.linears:
             weight: Any = block.get_submodule(name).weight
-            weight.copy_(weight.float() * scales)
+            weight.copy_(weight * scales)

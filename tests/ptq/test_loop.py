@@ -1,0 +1,146 @@
+import pytest
+import torch
+
+from bellbit.core.hessian import inverse_factor
+from bellbit.errors import BellbitError
+from bellbit.packed.save import packed_linears
+from bellbit.ptq import loop
+from bellbit.ptq.families import FAMILIES
+from bellbit.ptq.loop import quantize_model
+from bellbit.ptq.methods import Settings
+from bellbit.ptq.stream import BlockStream
+from conftest import CONFIGS, random_model
+
+FAMILY_NAMES = sorted(CONFIGS)
+
+
+def windows(samples=6, length=64):
+    return torch.randint(256, (samples, length), generator=torch.Generator().manual_seed(0))
+
+
+def run(name, settings=None, tokens=None, observer=None, model=None):
+    model = model or random_model(CONFIGS[name]())
+    family = FAMILIES[name]
+    settings = (settings or Settings(ltdb_steps=3)).resolved(family)
+    result = quantize_model(
+        model, family, settings, windows() if tokens is None else tokens, "cpu", lambda *_: None, observer
+    )
+    return model, result
+
+
+@pytest.mark.parametrize("name", FAMILY_NAMES)
+def test_blocks_run_alone_give_the_models_hidden_states(name):
+    model = random_model(CONFIGS[name]())
+    blocks = list(model.get_submodule(FAMILIES[name].blocks))
+    tokens = windows(5)
+    stream = BlockStream(model, blocks, tokens, "cpu", batch_size=2)
+    with torch.no_grad():
+        expected = model(tokens, output_hidden_states=True, use_cache=False).hidden_states
+        torch.testing.assert_close(stream.inputs, expected[0])
+        stream.run(blocks[0], stream.inputs, lambda share: None)
+    torch.testing.assert_close(stream.inputs, expected[1], rtol=1e-4, atol=1e-4)
+    assert "forward" not in vars(blocks[0])
+
+
+@pytest.mark.parametrize("name", FAMILY_NAMES)
+def test_every_linear_of_every_block_is_packed(name):
+    model, result = run(name)
+    family = FAMILIES[name]
+    expected = {f"{family.blocks}.{i}.{linear}" for i in range(2) for g in family.groups for linear in g.linears}
+    assert set(packed_linears(model)) == expected == set(result.errors)
+    assert all(0 < error < 1 for error in result.errors.values())
+    assert result.fallbacks == []
+    assert model(windows()).logits.isfinite().all()
+
+
+def test_each_block_runs_at_most_three_times(monkeypatch):
+    streams = []
+    original = BlockStream.__init__
+    monkeypatch.setattr(BlockStream, "__init__", lambda self, *a: (streams.append(self), original(self, *a))[1])
+    for method, most in (("dbellquant", 3), ("billm", 2), ("gptq", 2)):
+        run("llama", Settings(method, ltdb_steps=1))
+        assert 1 <= max(streams[-1].runs.values()) <= most
+
+
+def test_the_hessian_of_scaled_inputs_is_the_unscaled_one_between_inverse_scales(monkeypatch):
+    """Scales are folded before the Hessians are taken, so that no run of its own is needed: H_T = D⁻¹·H·D⁻¹."""
+    seen = {}
+    original = loop._hessians
+    records = []
+
+    def spy(stream, block, family, *rest):
+        found = original(stream, block, family, *rest)
+        seen.setdefault(len(seen), {group.linears: h.clone() for group, h in found.items()})
+        return found
+
+    monkeypatch.setattr(loop, "_hessians", spy)
+    run("llama", Settings(ltdb="learn", ltdb_steps=5), observer=records.append)
+    run("llama", Settings(ltdb="off"))
+    scaled, plain = seen[0], seen[2]  # block 0 of either run
+    for record in records[:4]:
+        scales = torch.ones(()) if record.scales is None else record.scales
+        expected = plain[record.group.linears] / scales / (scales[:, None] if scales.ndim else 1)
+        torch.testing.assert_close(scaled[record.group.linears], expected, rtol=1e-3, atol=1e-4 * float(expected.max()))
+
+
+def test_hessians_and_maxima_are_those_of_the_real_inputs():
+    """Block 0 sees full-precision inputs: hooks on the plain model must give the same numbers."""
+    reference = random_model(CONFIGS["qwen2"]())
+    inputs = {}
+    block = reference.model.layers[0]
+    for name in ("self_attn.q_proj", "mlp.down_proj"):
+        block.get_submodule(name).register_forward_pre_hook(lambda _, x, name=name: inputs.update({name: x[0]}))
+    tokens = windows()
+    records = []
+    with torch.no_grad():
+        reference(tokens)
+    run("qwen2", Settings("gptq", bits=4), tokens, records.append)
+    by_linear = {record.group.linears[0]: record for record in records[:4]}
+    for name, x in inputs.items():
+        record = by_linear[name]
+        flat = x.reshape(-1, x.shape[-1])
+        hessian = 2 / len(tokens) * flat.T @ flat
+        weight = record.before[name]
+        difference = weight - record.packed[name].dequantize()
+        expected = ((difference @ hessian) * difference).sum() / ((weight @ hessian) * weight).sum()
+        assert record.errors[name] == pytest.approx(float(expected), rel=1e-3)
+
+
+def test_activation_bits_are_rounded_while_calibrating(monkeypatch):
+    model, _ = run("opt", Settings("billm", act_bits=6))
+    layers = packed_linears(model)
+    query = layers["model.decoder.layers.0.self_attn.q_proj"]
+    assert (query.act_bits, query.act_scope, query.round_output) == (6, "tensor", True)
+    assert not layers["model.decoder.layers.0.fc1"].round_output
+    # per token and without rounding of outputs in the LLaMA family
+    layer = packed_linears(run("llama", Settings(act_bits=8, ltdb_steps=1))[0])["model.layers.0.self_attn.q_proj"]
+    assert (layer.act_bits, layer.act_scope, layer.round_output) == (8, "token", False)
+
+
+def test_opt_smooths_and_learns_only_on_demand():
+    assert Settings().resolved(FAMILIES["opt"]).ltdb == "smooth"
+    assert Settings(ltdb="learn").resolved(FAMILIES["opt"]).ltdb == "learn"
+    assert Settings().resolved(FAMILIES["llama"]).ltdb == "learn"
+
+
+def test_column_scales_lower_the_error_of_the_first_block():
+    errors = {}
+    for ltdb in ("learn", "off"):
+        _, result = run("llama", Settings(ltdb=ltdb))
+        names = [f"model.layers.0.{n}" for n in ("self_attn.q_proj", "mlp.gate_proj", "mlp.up_proj")]
+        errors[ltdb] = sum(result.errors[name] for name in names)
+    assert errors["learn"] < errors["off"]
+
+
+def test_hessians_beyond_repair_are_counted_and_too_many_refused(monkeypatch):
+    broken = lambda hessian: inverse_factor(hessian)._replace(damping=None)  # noqa: E731
+    monkeypatch.setattr(loop, "inverse_factor", broken)
+    with pytest.raises(BellbitError, match="a Hessian that no damping repairs"):
+        run("llama", Settings("billm"))
+
+
+def test_infinite_inputs_are_refused_by_layer():
+    model = random_model(CONFIGS["llama"]())
+    model.model.layers[1].self_attn.v_proj.weight.data.mul_(1e38)
+    with pytest.raises(BellbitError, match=r"inputs of model\.layers\.1\.self_attn\.o_proj hold NaN or infinite"):
+        run("llama", Settings("billm"), model=model)
