@@ -9,14 +9,14 @@ import torch
 NAN = float("nan")
 
 
-def binarize_masked(values, mask, order):
+def binarize_masked(values, mask, order, sign=torch.sign):
     """Order-`order` residual binarization of `values` over `mask`, per row; zero outside the mask."""
     total = torch.zeros_like(values)
     for _ in range(order):
         residual = torch.where(mask, values - total, NAN)
         mean = residual.nanmean(dim=1, keepdim=True).nan_to_num(0)
         scale = (residual - mean).abs().nanmean(dim=1, keepdim=True).nan_to_num(0)
-        term = mean + scale * torch.sign(values - total - mean)
+        term = mean + scale * sign(values - total - mean)
         total = total + torch.where(mask, term, 0)
     return total
 
@@ -47,7 +47,12 @@ def find_masks(scores, ordinary_order):
     return salient, sparse
 
 
-def quantize_layer(weight, hessian, ordinary_order, metric="hessian", block_size=128, damping=0.01, compensate=True):
+def one_bit_sign(values):
+    """The sign that one stored bit can hold: +1 at zero, where `torch.sign` gives 0."""
+    return torch.where(values >= 0, 1.0, -1.0)
+
+
+def quantize_layer(weight, hessian, ordinary_order, metric="hessian", block_size=128, damping=0.01, sign=torch.sign):
     """Braq with GPTQ compensation. Returns the quantized weight and the masks of each block."""
     weight, hessian = weight.clone(), hessian.clone()
     columns = weight.shape[1]
@@ -65,17 +70,16 @@ def quantize_layer(weight, hessian, ordinary_order, metric="hessian", block_size
         salient, sparse = find_masks(scores, ordinary_order)
         whole = salient.expand_as(block)
         fit = (
-            binarize_masked(block, whole, 2)
-            + binarize_masked(block, ~whole & ~sparse, 1)
-            + binarize_masked(block, ~whole & sparse, 1)
+            binarize_masked(block, whole, 2, sign)
+            + binarize_masked(block, ~whole & ~sparse, 1, sign)
+            + binarize_masked(block, ~whole & sparse, 1, sign)
         )
         quantized[:, start:end] = fit
         masks.append((salient, sparse))
-        if compensate:
-            error = torch.zeros_like(block)
-            for j in range(end - start):
-                error[:, j] = (block[:, j] - fit[:, j]) / corner[j, j]
-            weight[:, end:] -= error @ upper[start:end, end:]
+        error = torch.zeros_like(block)
+        for j in range(end - start):
+            error[:, j] = (block[:, j] - fit[:, j]) / corner[j, j]
+        weight[:, end:] -= error @ upper[start:end, end:]
     return quantized, masks
 
 

@@ -174,6 +174,20 @@ def write_shards(tensors: Mapping[str, Tensor], folder: Path) -> None:
         shard = {name: tensors[name].detach().cpu().contiguous() for name in names}
         checksums = json.dumps({name: checksum(tensor) for name, tensor in sorted(shard.items())})
         save_file(shard, folder / filename, metadata={"format": "pt", _CHECKSUMS: checksums})
+        _order_metadata(folder / filename)
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def _order_metadata(file: Path) -> None:
+    """Rewrite the header with its metadata in order: safetensors writes them in a random one, differing by run."""
+    with file.open("r+b") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        ordered = {"__metadata__": header.pop("__metadata__"), **header}
+        content = json.dumps(ordered, separators=(",", ":"), ensure_ascii=False).encode().ljust(length)
+        assert len(content) == length, "a header's length does not change with the order of its entries"
+        stream.seek(8)
+        stream.write(content)
