@@ -9,7 +9,6 @@ import time
 
 import torch
 
-import oracle
 from bellbit.core.braq import braq
 from bellbit.core.hessian import accumulate, inverse_factor, new_hessian
 from bellbit.core.ltdb import learn_column_scales
@@ -17,7 +16,7 @@ from bellbit.data import calibration_windows, load_corpus
 from bellbit.demo import MODEL, TEXT
 from bellbit.loading import load_model, load_tokenizer, locate
 from bellbit.ptq.families import family_of
-from common import note, parser, row, show
+from common import note, oracle, parser, row, show
 
 BLOCKS = (0, 15, 29)
 SAMPLES, SEQ_LEN = 8, 1024

@@ -7,6 +7,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # the slow oracle lives beside the tests
 
+import oracle  # noqa: F401
+
 
 def parser(description):
     """An argument parser with `--json`."""
