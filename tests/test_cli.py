@@ -100,7 +100,7 @@ def test_generation_follows_its_seed(bellbit, quantized):
 def test_inspect_shows_every_tensor_and_the_parts_of_its_bits(bellbit, quantized):
     code, stdout, _ = bellbit("inspect", quantized[0])
     assert code == 0
-    for word in ("signs", "bitmap", "scales", "bits as papers count", "model.layers.1.mlp.down_proj", "everything"):
+    for word in ("signs", "bitmap", "scales", "nominal", "stored", "model.layers.1.mlp.down_proj", "everything"):
         assert word in stdout
     report = json.loads(bellbit("inspect", quantized[0], "--json")[1])
     query = next(row for row in report["tensors"] if row["name"] == "model.layers.0.self_attn.q_proj")

@@ -107,8 +107,10 @@ def resolve_device(device: str, dtype: str) -> tuple[str, str]:
 
 
 def quiet() -> None:
-    """Turn off transformers' own progress bars and notes; bellbit shows its own."""
-    from transformers.utils import logging
+    """Turn off the libraries' own progress bars and notes; bellbit shows its own."""
+    import huggingface_hub
+    import transformers
 
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    huggingface_hub.logging.set_verbosity_error()

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -13,7 +14,7 @@ from rich.table import Table
 from bellbit.demo import Demo
 from bellbit.inspection import Inspection, Row
 
-BIT_PARTS = ("signs", "bitmap", "codes", "scales", "values")
+BIT_PARTS = ("signs", "bitmap", "codes", "scales")
 
 
 def size(nbytes: float) -> str:
@@ -39,16 +40,16 @@ def progress_bar(console: Console) -> Iterator[Callable[[float, str], None]]:
         TimeRemainingColumn(),
     )
     # the estimate looks at the last five minutes: blocks are alike, the first seconds are not
-    with Progress(*columns, console=console, speed_estimate_period=300) as progress:
+    with Progress(*columns, console=console, speed_estimate_period=300, transient=True) as progress:
         task = progress.add_task("", total=1.0)
         yield lambda share, text: progress.update(task, completed=share, description=text)
 
 
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> Table:
     """A table whose first `left` columns are words and whose others are numbers."""
-    result = Table(title=title, title_justify="left", title_style="bold")
+    result = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for i, name in enumerate(header):
-        result.add_column(name, justify="left" if i < left else "right", overflow="fold")
+        result.add_column(name, justify="left" if i < left else "right", overflow="fold", no_wrap=i > 0)
     for row in rows:
         result.add_row(*row)
     return result
@@ -59,13 +60,13 @@ def inspection_table(inspection: Inspection) -> Table:
     parts = [part for part in BIT_PARTS if any(part in row.bits for row in inspection.rows)]
 
     def cells(row: Row, name: str) -> list[str]:
-        shape = "×".join(map(str, row.shape)) if row.name != row.kind else f"{row.count:,}"
-        bits = [f"{row.bits[part]:.4g}" if part in row.bits else "" for part in parts]
+        shape = "×".join(map(str, row.shape)) if row.name != row.kind else f"{row.count / 1e6:.2f} M"
+        bits = [f"{row.bits[part]:.4g}" if part in row.bits and row.kind == "quantized" else "" for part in parts]
         return [name, row.layout, shape, *bits, f"{row.bits_per_weight:.4g}", f"{row.nominal:.4g}", size(row.nbytes)]
 
-    header = ["tensor", "layout", "shape", *parts, "bits stored", "bits as papers count", "on disk"]
+    header = ["tensor", "layout", "shape", *parts, "stored", "nominal", "on disk"]
     rows = [cells(row, row.name) for row in inspection.rows]
-    result = table(f"{inspection.model}: stored bits per weight", header, rows, left=3)
+    result = table(f"{inspection.model}: bits per weight (nominal: as papers count)", header, rows, left=3)
     result.add_section()
     for total in inspection.totals:
         result.add_row(*cells(total, f"all {total.kind}" if total.kind != "total" else "everything"), style="bold")
@@ -76,8 +77,14 @@ def demo_table(demo: Demo) -> Table:
     """Before and after: perplexity, stored bits, file sizes."""
     source, result = demo.source.total(), demo.result.total()
     rows = [
-        ["at 16 bits", perplexity_text(demo.before.perplexity), "16", "16", size(2 * result.count) + " (computed)"],
-        ["as shipped (4-bit GGUF)", "the same", "", f"{source.bits_per_weight:.2f}", size(demo.source.file_bytes)],
+        ["16-bit (size computed)", perplexity_text(demo.before.perplexity), "16", "16", size(2 * result.count)],
+        [
+            "as shipped, 4-bit GGUF",
+            "the same",
+            f"{demo.source.total('other').bits_per_weight:.3f}",
+            f"{source.bits_per_weight:.2f}",
+            size(demo.source.file_bytes),
+        ],
         [
             "DBellQuant, packed",
             perplexity_text(demo.after.perplexity),
@@ -86,5 +93,5 @@ def demo_table(demo: Demo) -> Table:
             size(demo.result.file_bytes),
         ],
     ]
-    header = ["SmolLM2-135M-Instruct", "perplexity", "bits per quantized weight", "bits, embeddings included", "file"]
-    return table("Before and after", header, rows)
+    header = ["", "perplexity", "bits/weight of linears", "of everything", "file"]
+    return table("SmolLM2-135M-Instruct before and after", header, rows)
