@@ -23,6 +23,7 @@ from torch import Tensor
 
 from bellbit.errors import BellbitError
 from bellbit.fetch import WIKIPEDIA_DUMP, cache_dir, fetch
+from bellbit.loading import first_line, quiet
 
 Part = Literal["train", "test"]
 TRAIN_SHARE = 0.75  # of wiki-sample
@@ -126,11 +127,12 @@ def _load_dataset(*arguments: Any, **options: Any) -> Any:
         import datasets
     except ImportError:
         raise BellbitError("this text needs the package 'datasets': pip install 'bellbit[data]'") from None
+    quiet()
     try:
         return datasets.load_dataset(*arguments, **options)
     except Exception as error:
         raise BellbitError(
-            f"cannot load {arguments[0]}: {str(error).splitlines()[0]}\n"
+            f"cannot load {arguments[0]}: {first_line(error)}\n"
             "Where the hub is out of reach, use the built-in 'wiki-sample' or a .txt, .jsonl or .parquet file."
         ) from error
 

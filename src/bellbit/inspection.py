@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 
 from bellbit.errors import BellbitError
-from bellbit.loading import Location
+from bellbit.loading import Location, first_line
 from bellbit.packed.checkpoint import StoredTensor, check_packed, check_version, module_layout, read_headers
 
 KINDS = ("quantized", "embedding", "norm", "other")  # embedding: the head, too
@@ -121,7 +121,7 @@ def _folder(location: Location) -> Path:
     try:
         return Path(snapshot_download(location.path, allow_patterns=["*.safetensors", "*.json"]))
     except Exception as error:
-        raise BellbitError(f"cannot load {location.spec!r} from the hub: {str(error).splitlines()[0]}") from error
+        raise BellbitError(f"cannot load {location.spec!r} from the hub: {first_line(error)}") from error
 
 
 def _packed_row(module: str, quantization: dict[str, Any], stored: dict[str, StoredTensor]) -> Row:
@@ -154,9 +154,13 @@ def _inspect_gguf(location: Location) -> Inspection:
     from gguf import GGUFReader
 
     file = Path(location.path) / str(location.gguf)
+    try:
+        tensors = GGUFReader(file).tensors
+    except Exception as error:  # the reader parses as it goes and raises whatever it happens on
+        raise BellbitError(f"{file} is no intact GGUF file: {first_line(error)}") from error
     rows = [
         _plain_row(tensor.name, tensor.tensor_type.name, (int(n) for n in reversed(tensor.shape)), int(tensor.n_bytes))
-        for tensor in GGUFReader(file).tensors
+        for tensor in tensors
     ]
     return Inspection(location.spec, sorted(rows, key=lambda row: _natural(row.name)), file.stat().st_size)
 

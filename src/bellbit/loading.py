@@ -83,11 +83,16 @@ def load_tokenizer(location: Location) -> Any:
 
 
 def _from_pretrained(cls: Any, location: Location, **options: Any) -> Any:
-    """`from_pretrained`; nothing that a checkpoint contains is executed (transformers' default)."""
+    """`from_pretrained`; nothing that a checkpoint contains is executed (transformers' default).
+
+    A damaged or strange file makes the readers below raise whatever they happen on, hence the wide net.
+    """
     try:
         return cls.from_pretrained(**location.arguments, **options)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except BellbitError:
+        raise
+    except Exception as error:
+        reason = first_line(error)
         raise BellbitError(
             f"cannot load {location.spec!r}: {reason}\n"
             "MODEL is a hub id, a directory with config.json, a .gguf file, or " + ", ".join(PYPI_MODELS) + ". "
@@ -104,6 +109,12 @@ def resolve_device(device: str, dtype: str) -> tuple[str, str]:
     except (RuntimeError, AssertionError) as error:
         raise BellbitError(f"--device {device} is not to be had: {str(error).splitlines()[0]}") from None
     return device, "float32" if dtype == "auto" and device == "cpu" else dtype
+
+
+def first_line(error: Exception) -> str:
+    """What an exception says, in one line."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def quiet() -> None:

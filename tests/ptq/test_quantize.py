@@ -258,3 +258,14 @@ class TestQuantizeWeight:
             bellbit.quantize_weight(self.weight, self.hessian[:100, :100])
         with pytest.raises(BellbitError, match="--method awq is not possible"):
             bellbit.quantize_weight(self.weight, self.hessian, method="awq")
+
+
+@pytest.mark.parametrize("content", [b"hello", b"GGUF\x03\x00\x00\x00\x05\x00\x00\x00\x00\x00\x00\x00"])
+def test_files_that_are_no_gguf_are_refused(tmp_path, english, content):
+    path = tmp_path / "broken.gguf"
+    path.write_bytes(content)
+    with pytest.raises(BellbitError, match=r"cannot load .*broken\.gguf"):
+        bellbit.quantize(path, tmp_path / "out", calib=str(english))
+    with pytest.raises(BellbitError, match=r"broken\.gguf is no intact GGUF file"):
+        inspect(locate(str(path)))
+    assert not (tmp_path / "out").exists()
