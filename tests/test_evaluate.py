@@ -4,8 +4,18 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import bellbit
 from bellbit.data import Corpus, evaluation_windows
 from bellbit.evaluate import perplexity
+
+
+def test_a_step_per_tensor_does_not_depend_on_the_batch(tiny_model, english, tmp_path):
+    options = {"calib": str(english), "samples": 2, "seq_len": 64, "act_bits": 6}
+    report = bellbit.quantize(tiny_model("opt"), tmp_path / "out", "billm", **options)
+    model = AutoModelForCausalLM.from_pretrained(report.out).eval()
+    tokens = torch.randint(256, (4, 64), generator=torch.Generator().manual_seed(0))
+    single = [math.log(perplexity(model, tokens[i : i + 1]).perplexity) for i in range(4)]
+    assert math.log(perplexity(model, tokens).perplexity) == pytest.approx(sum(single) / 4, rel=1e-6)
 
 
 @pytest.mark.parametrize("adds_bos", [False, True])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -66,7 +67,16 @@ def _say(text: str) -> None:
 
 
 def _print_json(value: dict[str, Any]) -> None:
-    print(json.dumps(value, indent=2))
+    """Strict JSON: what is no finite number becomes null."""
+
+    def strict(part: Any) -> Any:
+        if isinstance(part, dict):
+            return {key: strict(inner) for key, inner in part.items()}
+        if isinstance(part, list | tuple):
+            return [strict(inner) for inner in part]
+        return None if isinstance(part, float) and not math.isfinite(part) else part
+
+    print(json.dumps(strict(value), indent=2, allow_nan=False))
 
 
 @app.command(
@@ -165,13 +175,14 @@ def evaluate(
     from bellbit import report
     from bellbit.data import evaluation_windows, load_corpus
     from bellbit.evaluate import perplexity
-    from bellbit.loading import load_model, load_tokenizer, locate, resolve_device
+    from bellbit.loading import check_length, load_config, load_model, load_tokenizer, locate, resolve_device
 
     device, dtype = resolve_device(device, dtype)
     location = locate(model)
     _say(f"Perplexity of {model} on windows of {seq_len} tokens of {data}.")
     with report.progress_bar(err_console) as progress:
         progress(0, "opening")
+        check_length(load_config(location), seq_len)
         tokens = evaluation_windows(load_corpus(data, "test"), load_tokenizer(location), seq_len, windows)
         network = load_model(location, dtype)
         result = perplexity(network, tokens, device, lambda share: progress(share, "perplexity"))

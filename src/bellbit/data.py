@@ -10,6 +10,7 @@ import bz2
 import contextlib
 import hashlib
 import json
+import math
 import random
 import re
 from collections.abc import Callable, Iterator
@@ -72,7 +73,7 @@ def load_corpus(spec: str, part: Part) -> Corpus:
     source = match["source"]
     if source in SOURCES:
         corpus = SOURCES[source](part)
-    elif Path(source).is_file():
+    elif len(source) < 4096 and Path(source).is_file():
         corpus = Corpus(source, read_documents(Path(source)))
     else:
         raise BellbitError(f"no such text: {source!r} is neither a file nor a known data set; {_KNOWN}")
@@ -90,6 +91,8 @@ def _bound(text: str, default: float, total: int, spec: str) -> float:
         if not text.strip():
             return default
         share = float(text.rstrip("%")) / 100 if text.endswith("%") else int(text) / total
+        if not math.isfinite(share):
+            raise ValueError(text)
     except ValueError:
         raise BellbitError(f"slice bound {text!r} in {spec!r} is no number of characters and no percentage") from None
     return share + 1 if share < 0 else share
@@ -109,7 +112,7 @@ def read_documents(path: Path) -> list[str]:
     if path.suffix != ".jsonl":
         return [content] if content.strip() else []
     try:
-        return _field(path, [json.loads(line) for line in content.splitlines() if line.strip()])
+        return _field(path, [json.loads(line) for line in content.split("\n") if line.strip()])
     except json.JSONDecodeError as error:
         raise BellbitError(f"{path} is no JSON lines file: {error}") from None
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bellbit.errors import BellbitError
+from bellbit.packed.linear import packed_linears
 
 TOKENS_AT_ONCE = 4096  # per forward pass: the packed weights are unpacked once for all of them
 
@@ -37,12 +38,16 @@ def perplexity(
     """Perplexity of a causal language model over windows of tokens.
 
     windows: int64 (n, length), each read by itself, its first token predicted by nothing.
-    Raises BellbitError if the logits are NaN.
+    Raises BellbitError for windows of less than two tokens, and if the logits are NaN.
     """
     started = time.perf_counter()
+    if windows.shape[1] < 2:
+        raise BellbitError("perplexity needs windows of at least two tokens")
     model.to(device)
     losses: list[float] = []
-    for batch in windows.split(max(1, TOKENS_AT_ONCE // windows.shape[1])):
+    # one activation step per tensor would otherwise depend on which windows share a batch
+    single = any(layer.act_bits < 16 and layer.act_scope == "tensor" for layer in packed_linears(model).values())
+    for batch in windows.split(1 if single else max(1, TOKENS_AT_ONCE // windows.shape[1])):
         tokens = batch.to(device)
         logits = model(input_ids=tokens, use_cache=False).logits
         for row, target in zip(logits, tokens, strict=True):

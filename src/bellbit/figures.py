@@ -18,7 +18,7 @@ BEFORE, AFTER, TARGET = "#7f8c8d", "#1f77b4", "#d62728"
 class Figures:
     """An observer of `quantize` that draws the first, middle and last block, and at the end all errors.
 
-    Raises BellbitError if matplotlib is missing or the folder cannot be made.
+    Raises BellbitError if matplotlib is missing or `folder` is no folder; it is made with the first picture.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -27,10 +27,8 @@ class Figures:
         except ImportError:
             raise BellbitError("--figures needs matplotlib: pip install 'bellbit[figures]'") from None
         matplotlib.use("Agg")
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise BellbitError(f"cannot make the directory {folder} for figures: {error.strerror}") from None
+        if folder.exists() and not folder.is_dir():
+            raise BellbitError(f"{folder} exists and is no directory; figures need one")
         self.folder = folder
         self.drawn: list[Path] = []
         self.errors: dict[str, dict[int, float]] = {}
@@ -57,8 +55,9 @@ class Figures:
         from matplotlib import pyplot
 
         linear = record.group.linears[0]
-        weight, scales, maxima = record.before[linear].float(), record.scales, record.act_absmax
-        assert scales is not None and maxima is not None
+        assert record.scales is not None and record.act_absmax is not None
+        found = (record.before[linear], record.scales, record.act_absmax)
+        weight, scales, maxima = (tensor.float().cpu() for tensor in found)
         figure, (bells, channels) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
         for values, colour, label in (
             (weight, BEFORE, "before: one bell"),
@@ -82,6 +81,7 @@ class Figures:
     def _save(self, figure: Any, name: str) -> None:
         from matplotlib import pyplot
 
+        self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / name
         figure.savefig(path, dpi=110)
         pyplot.close(figure)

@@ -7,6 +7,9 @@ from typing import Any
 
 import torch
 
+from bellbit.errors import BellbitError
+from bellbit.loading import check_length
+
 
 def generate(
     model: Any,
@@ -22,6 +25,7 @@ def generate(
     """Continue `prompt` and return the new text; `on_text` gets it in pieces while it grows.
 
     temperature: 0 takes the likeliest token. chat: wrap the prompt as a user's message in the model's template.
+    Raises BellbitError if the prompt has no tokens, or the model no template.
     """
     from transformers import TextStreamer
 
@@ -33,12 +37,17 @@ def generate(
             on_text(text)
 
     if chat:
+        if not tokenizer.chat_template:
+            raise BellbitError("this model has no chat template; leave out --chat")
         message = [{"role": "user", "content": prompt}]
         inputs = tokenizer.apply_chat_template(
             message, add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
     else:
         inputs = tokenizer(prompt, return_tensors="pt")
+    if inputs["input_ids"].shape[1] == 0:
+        raise BellbitError("the prompt has no tokens; give some text")
+    check_length(model.config, inputs["input_ids"].shape[1] + max_new_tokens)
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     model.generate(

@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 from bellbit.errors import BellbitError
 from bellbit.loading import Location, first_line
-from bellbit.packed.checkpoint import StoredTensor, check_packed, check_version, module_layout, read_headers
+from bellbit.packed.checkpoint import StoredTensor, check_config, check_packed, module_layout, read_headers
 
 KINDS = ("quantized", "embedding", "norm", "other")  # embedding: the head, too
 
@@ -86,11 +86,10 @@ def inspect(location: Location) -> Inspection:
     folder = _folder(location)
     files = weight_files(folder)
     stored = read_headers(files)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    quantization = config.get("quantization_config") or {}
+    quantization = _read_json(folder / "config.json").get("quantization_config") or {}
     rows = []
     if quantization.get("quant_method") == "bellbit":
-        check_version(quantization)
+        check_config(quantization)
         check_packed(stored, quantization)
         for module in quantization["modules"]:
             rows.append(_packed_row(module, quantization, stored))
@@ -103,14 +102,26 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a model directory, those of its index if it has one."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        files = [folder / name for name in sorted(names)]
+        weight_map = _read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise BellbitError(f"{index} has no weight_map")
+        files = [folder / str(name) for name in sorted(set(weight_map.values()))]
     else:
         files = sorted(folder.glob("*.safetensors"))
     missing = [file.name for file in files if not file.is_file()]
     if missing or not files:
         raise BellbitError(f"{folder} lacks weight files: {', '.join(missing) or '*.safetensors'}")
     return files
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BellbitError(f"cannot read {path}: {first_line(error)}") from None
+    if not isinstance(content, dict):
+        raise BellbitError(f"{path} holds no JSON object")
+    return content
 
 
 def _folder(location: Location) -> Path:
@@ -127,9 +138,13 @@ def _folder(location: Location) -> Path:
 def _packed_row(module: str, quantization: dict[str, Any], stored: dict[str, StoredTensor]) -> Row:
     """The row of one quantized linear; takes its tensors out of `stored`."""
     layout, shape, options = module_layout(quantization, module)
-    entries = {name: stored.pop(f"{module}.{name}") for name in layout.spec(shape, options)}
-    packed = layout.build(shape, options, {name: _read(f"{module}.{name}", entry) for name, entry in entries.items()})
-    size = sum(entry.nbytes for entry in entries.values())
+    tensors, size = {}, 0
+    for name, spec in layout.spec(shape, options).items():
+        entry = stored.pop(f"{module}.{name}")
+        size += entry.nbytes
+        needed = name in layout.nominal_from
+        tensors[name] = _read(f"{module}.{name}", entry) if needed else torch.empty(spec.shape, device="meta")
+    packed = layout.build(shape, options, tensors)
     return Row(module, "quantized", layout.layout, shape, packed.bits, packed.nominal_bits, size)
 
 

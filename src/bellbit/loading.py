@@ -58,20 +58,38 @@ def load_config(location: Location) -> Any:
     return _from_pretrained(AutoConfig, location)
 
 
-def is_quantized(config: Any) -> bool:
-    """Whether a config is that of a bellbit checkpoint."""
-    found = getattr(config, "quantization_config", None) or {}
-    return (found if isinstance(found, dict) else found.to_dict()).get("quant_method") == "bellbit"
+def quantized_by(config: Any, location: Location) -> str | None:
+    """Name of the method that a model is quantized by already; None for a plain one, as which a GGUF file counts."""
+    found = getattr(config, "quantization_config", None)
+    if not found or location.gguf:
+        return None
+    return str((found if isinstance(found, dict) else found.to_dict()).get("quant_method", "an unknown method"))
+
+
+def check_length(config: Any, seq_len: int) -> None:
+    """Raise BellbitError if a model cannot read windows of `seq_len` tokens: learned positions end somewhere."""
+    limit = getattr(config, "max_position_embeddings", None)
+    learned = getattr(config, "rope_parameters", None) is None
+    if seq_len < 2 or (learned and limit is not None and seq_len > limit):
+        allowed = f"2 to {limit} for this model" if learned and limit else "2 and more"
+        raise BellbitError(f"--seq-len {seq_len} is not possible; allowed: {allowed}")
 
 
 def load_model(location: Location, dtype: str = "auto") -> Any:
-    """The causal language model, in evaluation mode on the CPU. dtype: `auto`, or a key of DTYPES."""
+    """The causal language model, in evaluation mode on the CPU. dtype: `auto`, or a key of DTYPES.
+
+    Raises BellbitError if its files lack a weight, which would else be drawn at random.
+    """
     quiet()
     from transformers import AutoModelForCausalLM
 
     if dtype != "auto" and dtype not in DTYPES:
         raise BellbitError(f"--dtype {dtype} is not possible; allowed: auto, {', '.join(DTYPES)}")
-    return _from_pretrained(AutoModelForCausalLM, location, dtype=DTYPES.get(dtype, "auto")).eval()
+    options = {"dtype": DTYPES.get(dtype, "auto"), "output_loading_info": True}
+    model, info = _from_pretrained(AutoModelForCausalLM, location, **options)
+    if missing := sorted(info["missing_keys"]):
+        raise BellbitError(f"{location.spec!r} lacks the tensor {missing[0]!r} ({len(missing)} missing in all)")
+    return model.eval()
 
 
 def load_tokenizer(location: Location) -> Any:
@@ -83,12 +101,12 @@ def load_tokenizer(location: Location) -> Any:
 
 
 def _from_pretrained(cls: Any, location: Location, **options: Any) -> Any:
-    """`from_pretrained`; nothing that a checkpoint contains is executed (transformers' default).
+    """`from_pretrained`; nothing that a checkpoint contains is executed, nor does anything ask whether it may be.
 
     A damaged or strange file makes the readers below raise whatever they happen on, hence the wide net.
     """
     try:
-        return cls.from_pretrained(**location.arguments, **options)
+        return cls.from_pretrained(**location.arguments, trust_remote_code=False, **options)
     except BellbitError:
         raise
     except Exception as error:

@@ -18,6 +18,12 @@ def test_sixteen_bits_change_nothing_and_zeros_stay_finite():
     assert torch.equal(quantize_activations(torch.zeros(2, 4), 8), torch.zeros(2, 4))
 
 
+def test_sixteen_bit_inputs_get_the_codes_of_float32():
+    x = torch.randn(200, 64).bfloat16()
+    codes = x.float() / (x.float().abs().amax(dim=1, keepdim=True) / 127)
+    assert torch.equal(quantize_activations(x, 8), (codes.round() * (x.float().abs().amax(1, True) / 127)).bfloat16())
+
+
 @pytest.mark.parametrize("bits", [6, 8])
 def test_error_is_at_most_half_a_step(bits):
     x = torch.randn(50, 64)

@@ -47,6 +47,23 @@ def test_dead_columns_and_rows_leave_finite_scales():
     assert scales.isfinite().all() and (scales != 0).all()
 
 
+@pytest.mark.parametrize("tiny", [0.0, 1e-21, 1e-25])
+def test_a_row_of_next_to_nothing_does_not_stop_the_others(tiny):
+    weight, maxima = layer(32, 128)
+    expected = learn_column_scales([weight], maxima, steps=30)
+    appended = torch.cat([weight, tiny * torch.randn(1, 128)])
+    start = initial_scales(weight, maxima, 0.85)
+    moved = learn_column_scales([appended], maxima, steps=30) - start
+    # the mean over 33 rows instead of 32 makes the steps a little smaller
+    torch.testing.assert_close(moved, expected - start, rtol=0.1, atol=0.05 * float((expected - start).abs().max()))
+    assert moved.abs().max() > 0
+
+
+def test_scales_carry_no_graph():
+    weight, maxima = layer(8, 16)
+    assert not learn_column_scales([torch.nn.Parameter(weight)], maxima, steps=2).requires_grad
+
+
 def test_the_first_step_is_always_taken():
     weight, maxima = layer(20, 40)
     start = initial_scales(weight, maxima, 0.85)

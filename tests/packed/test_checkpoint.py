@@ -11,6 +11,8 @@ from transformers import AutoModelForCausalLM
 
 import bellbit
 from bellbit.errors import BellbitError
+from bellbit.inspection import inspect
+from bellbit.loading import locate
 from bellbit.packed import checkpoint
 from bellbit.packed.checkpoint import read_header, write_shards
 
@@ -76,6 +78,11 @@ def test_a_missing_tensor_is_named(copy):
     refused(copy, "lacks the tensor 'model.layers.0.self_attn.q_proj.scales'")
 
 
+def test_a_missing_tensor_that_is_not_quantized_is_named_too(copy):
+    rewrite(copy, lambda tensors: tensors.pop("model.norm.weight"))
+    refused(copy, "lacks the tensor 'model.norm.weight'")
+
+
 def test_a_misshapen_tensor_is_named(copy):
     name = "model.layers.0.self_attn.q_proj.signs"
     rewrite(copy, lambda tensors: tensors.update({name: tensors[name][:, :-1].contiguous()}))
@@ -95,6 +102,65 @@ def test_a_newer_format_is_refused(copy):
 
 
 @pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda q: q.update(modules={}), "names no quantized modules"),
+        (lambda q: q.update(act_bits=7), "act_bits 7; allowed"),
+        (lambda q: q.update(act_scope="row"), "act_scope 'row'; allowed"),
+        (lambda q: q.update(rounded_outputs=["lm_head"]), "rounds the output of 'lm_head', which is not quantized"),
+    ],
+)
+def test_a_config_with_an_impossible_value_is_refused(copy, change, message):
+    edit_config(copy, change)
+    refused(copy, message)
+
+
+def header_of(file):
+    content = file.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    return json.loads(content[8 : 8 + length]), content[8 + length :]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda entry: entry.update(shape=["a", "b"]),
+        lambda entry: entry.update(dtype=["F32"]),
+        lambda entry: entry.update(data_offsets=[0]),
+        lambda entry: entry.update(data_offsets=[-4, 8]),
+        lambda entry: entry.update(data_offsets=[entry["data_offsets"][0] + 1, entry["data_offsets"][1] + 1]),
+        lambda entry: entry.clear(),
+    ],
+)
+def test_headers_that_make_no_sense_are_refused(copy, change):
+    file = copy / "model.safetensors"
+    header, data = header_of(file)
+    change(header["model.layers.1.mlp.up_proj.signs"])
+    encoded = json.dumps(header).encode()
+    file.write_bytes(len(encoded).to_bytes(8, "little") + encoded + data)
+    with pytest.raises(BellbitError, match="is no intact safetensors file"):
+        read_header(file)
+    refused(copy, "is no intact safetensors file")
+
+
+def test_inspection_refuses_folders_whose_json_is_broken(copy):
+    (copy / "config.json").write_text("{")
+    with pytest.raises(BellbitError, match=r"cannot read .*config\.json"):
+        inspect(locate(str(copy)))
+    (copy / "config.json").write_text("{}")
+    (copy / "model.safetensors.index.json").write_text('{"weights": {}}')
+    with pytest.raises(BellbitError, match=r"index\.json has no weight_map"):
+        inspect(locate(str(copy)))
+
+
+def test_stored_scales_keep_their_dtype_whatever_the_model_is_loaded_in(saved):
+    model = AutoModelForCausalLM.from_pretrained(saved, dtype=torch.bfloat16)
+    query = model.model.layers[0].self_attn.q_proj
+    assert query.scales.dtype == torch.float16 and model.model.norm.weight.dtype == torch.bfloat16
+    assert model(torch.arange(9)[None]).logits.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
     "change",
     [
         lambda q: q["layouts"][0].update(layout="codebook9"),
@@ -102,6 +168,7 @@ def test_a_newer_format_is_refused(copy):
         lambda q: q["modules"]["model.layers.0.mlp.up_proj"].update(layout=5),
         lambda q: q["modules"]["model.layers.0.mlp.up_proj"].pop("shape"),
         lambda q: q["layouts"][0].update(block_size=0),
+        lambda q: q["layouts"][0].update(colour=1),
     ],
 )
 def test_a_config_that_makes_no_sense_is_refused(copy, change):

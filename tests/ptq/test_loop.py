@@ -135,8 +135,27 @@ def test_column_scales_lower_the_error_of_the_first_block():
 def test_hessians_beyond_repair_are_counted_and_too_many_refused(monkeypatch):
     broken = lambda hessian: inverse_factor(hessian)._replace(damping=None)  # noqa: E731
     monkeypatch.setattr(loop, "inverse_factor", broken)
-    with pytest.raises(BellbitError, match="a Hessian that no damping repairs"):
-        run("llama", Settings("billm"))
+    with pytest.raises(BellbitError, match="3 Hessians cannot be repaired by damping"):
+        run("llama", Settings("billm"))  # 8 groups in all: the third is more than a quarter of them
+
+
+def test_a_few_broken_hessians_are_reported(monkeypatch):
+    calls = []
+
+    def first_broken(hessian):
+        calls.append(hessian)
+        return inverse_factor(hessian)._replace(damping=None if len(calls) == 1 else 0.01)
+
+    monkeypatch.setattr(loop, "inverse_factor", first_broken)
+    _, result = run("llama", Settings("billm"))
+    assert result.failed_hessians == 1
+    assert result.fallbacks == [f"model.layers.0.self_attn.{name}_proj" for name in "qkv"]
+
+
+def test_an_all_zero_layer_has_no_error():
+    model = random_model(CONFIGS["llama"]())
+    model.model.layers[0].mlp.down_proj.weight.data.zero_()
+    assert run("llama", Settings("billm"), model=model)[1].errors["model.layers.0.mlp.down_proj"] == 0
 
 
 def test_infinite_inputs_are_refused_by_layer():

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import bellbit
@@ -110,7 +111,9 @@ def nothing_is_left(folder):
         ({"block_size": 1}, "--block-size 1 is not possible"),
         ({"epsilon": 1.5}, "--epsilon 1.5 is not possible"),
         ({"scale_bits": 4}, "--scale-bits 4 is not possible; allowed: 16, 8"),
-        ({"samples": 0}, "--samples 0 with --seq-len 64 is not possible"),
+        ({"samples": 0}, "--samples 0 is not possible; allowed: 1 and more"),
+        ({"seq_len": 1}, "--seq-len 1 is not possible; allowed: 2 and more"),
+        ({"name": "opt", "seq_len": 513}, "--seq-len 513 is not possible; allowed: 2 to 512 for this model"),
         ({"calib": "nowhere.txt"}, "'nowhere.txt' is neither a file nor a known data set"),
         ({"samples": 40000}, r"too short: \d+ usable tokens found, 2560000 needed"),
         ({"dtype": "int8"}, "--dtype int8 is not possible; allowed: auto, float32, bfloat16, float16"),
@@ -149,6 +152,42 @@ def test_a_quantized_model_is_not_quantized_again(quantize, tmp_path, english):
         bellbit.quantize(report.out, tmp_path / "again", calib=str(english))
 
 
+def without(source, target, change):
+    """A copy of a model directory with its tensors or config changed."""
+    shutil.copytree(source, target)
+    tensors, config = load_file(target / "model.safetensors"), json.loads((target / "config.json").read_text())
+    change(tensors, config)
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    (target / "config.json").write_text(json.dumps(config))
+    return target
+
+
+def test_a_model_that_lacks_a_weight_is_refused_by_its_name(tiny_model, tmp_path, english):
+    name = "model.layers.1.mlp.up_proj.weight"
+    model = without(tiny_model("llama"), tmp_path / "model", lambda tensors, _: tensors.pop(name))
+    with pytest.raises(BellbitError, match=f"lacks the tensor '{name}'"):
+        bellbit.quantize(model, tmp_path / "out", "rtn", calib=str(english))
+
+
+def test_a_model_quantized_by_others_is_refused(tiny_model, tmp_path, english):
+    described = {"quantization_config": {"quant_method": "fp8"}}
+    model = without(tiny_model("llama"), tmp_path / "model", lambda _, config: config.update(described))
+    with pytest.raises(BellbitError, match="is quantized already, by fp8; give the original"):
+        bellbit.quantize(model, tmp_path / "out", "rtn", calib=str(english))
+
+
+def test_code_that_comes_with_a_model_is_not_run_and_nobody_is_asked(tmp_path, english, monkeypatch):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    config = {"model_type": "foo", "auto_map": {"AutoConfig": "evil.Evil"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: ...\n")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(BellbitError, match="cannot load"):
+        bellbit.quantize(folder, tmp_path / "out", calib=str(english))
+    assert not (tmp_path / "ran").exists()
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_broken_weights_are_refused_by_name(tiny_model, tmp_path, english, value):
     folder = tmp_path / "broken"
@@ -172,9 +211,28 @@ def test_an_output_that_exists_is_kept_unless_told_otherwise(quantize, tmp_path)
     quantize(method="rtn", out=out, bits=4, overwrite=True)
     assert (out / "model.safetensors").read_bytes() != before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_nothing_but_an_earlier_checkpoint_is_ever_overwritten(quantize, tiny_model, tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(BellbitError, match="exists and is no directory"):
         quantize(out=tmp_path / "file")
+    with pytest.raises(BellbitError, match=r"cannot be made: .*file is no directory"):
+        quantize(out=tmp_path / "file" / "below")
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.txt").write_text("x")
+    for out in (tmp_path / "thesis", tiny_model("llama")):
+        before = sorted(out.iterdir())
+        with pytest.raises(BellbitError, match="something else than a bellbit checkpoint: it is not overwritten"):
+            quantize(out=out, overwrite=True)
+        assert sorted(out.iterdir()) == before
+
+
+def test_an_output_behind_a_link_is_written_where_it_points(quantize, tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    assert quantize(method="rtn", out=tmp_path / "link").out == str(tmp_path / "real")
+    assert (tmp_path / "link" / "config.json").is_file()
 
 
 def test_a_full_disk_is_said_and_nothing_is_left(quantize, tmp_path, monkeypatch):
@@ -190,6 +248,19 @@ def test_a_full_disk_is_said_and_nothing_is_left(quantize, tmp_path, monkeypatch
     monkeypatch.setattr(checkpoint, "save_file", fail)
     with pytest.raises(BellbitError, match="no space left while writing"):
         quantize(method="rtn")
+    assert nothing_is_left(tmp_path)
+
+
+def test_a_write_that_fails_half_way_leaves_nothing(quantize, tmp_path):
+    """safetensors reports a failed write by an error of its own; a file size limit provokes one."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+    try:
+        with pytest.raises(BellbitError, match=r"while writing .*; nothing was kept"):
+            quantize(method="rtn")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert nothing_is_left(tmp_path)
 
 
@@ -216,12 +287,13 @@ def test_an_interrupted_run_leaves_nothing(quantize, tmp_path, monkeypatch):
     assert nothing_is_left(tmp_path)
 
 
-def test_figures_are_drawn_for_some_layers(quantize, tmp_path):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_figures_are_drawn_for_some_layers(quantize, tmp_path, dtype):
     pytest.importorskip("matplotlib")
     from bellbit.figures import Figures
 
     figures = Figures(tmp_path / "figures")
-    quantize(observer=figures)
+    quantize(observer=figures, dtype=dtype)
     drawn = figures.finish()
     assert [path.name for path in drawn] == [
         "block-00-self_attn-q_proj.png",

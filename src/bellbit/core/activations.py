@@ -14,10 +14,12 @@ SMALLEST_MAXIMUM = 1e-5
 def quantize_activations(x: Tensor, bits: int, scope: Scope = "token") -> Tensor:
     """s = max|x| / (2^(b−1) − 1), x̂ = round(x/s)·s, with one s per token or per tensor.
 
-    x: float (..., features), one token per row. bits: 16 returns `x` itself.
+    x: float (..., features), one token per row. bits: 16 returns `x` itself. Computed in float32, returned in x's
+    dtype: in bfloat16 one code of eleven would be another at 8 bits.
     """
     if bits == 16:
         return x
-    largest = x.abs().amax(dim=-1, keepdim=True) if scope == "token" else x.abs().amax()
+    wide = x.float()
+    largest = wide.abs().amax(dim=-1, keepdim=True) if scope == "token" else wide.abs().amax()
     step = largest.clamp_min(SMALLEST_MAXIMUM) / (2 ** (bits - 1) - 1)
-    return (x / step).round_().mul_(step)
+    return (wide / step).round_().mul_(step).to(x.dtype)

@@ -45,16 +45,18 @@ def inverse_factor(hessian: Tensor) -> InverseFactor:
     not positive definite even then, its diagonal alone is used.
     hessian: float32 (in, in), undamped, finite; not changed.
     """
-    diagonal = hessian.diagonal()
-    dead = diagonal == 0
-    repaired = hessian + torch.diag(dead.to(hessian.dtype))
-    mean = repaired.diagonal().mean()
+    dead = hessian.diagonal() == 0
+    diagonal = hessian.diagonal() + dead
+    mean = diagonal.mean()
+    work = hessian.clone()
     for damping in DAMPING_LADDER:
-        damped = repaired + damping * mean * torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
-        lower, failed = torch.linalg.cholesky_ex(damped)
+        work.copy_(hessian).diagonal().copy_(diagonal + damping * mean)
+        lower, failed = torch.linalg.cholesky_ex(work)
         if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-        if not failed and bool(upper.isfinite().all()):
-            return InverseFactor(upper, dead, damping)
-    floor = repaired.diagonal().clamp_min(float(DAMPING * mean.abs()) or 1.0)
+            torch.cholesky_inverse(lower, out=work)
+            del lower  # a wide layer's matrix is as large as its weight: never hold three
+            upper, failed = torch.linalg.cholesky_ex(work, upper=True)
+            if not failed and bool(upper.isfinite().all()):
+                return InverseFactor(upper, dead, damping)
+    floor = diagonal.clamp_min(float(DAMPING * mean.abs()) or 1.0)
     return InverseFactor(torch.diag(floor.rsqrt()), dead, None)

@@ -22,6 +22,7 @@ from torch import Tensor
 from bellbit.core.compensate import blocks
 
 LEARNING_RATE = 0.01
+SMALLEST_TARGET = 1e-12  # 1/τ² overflows float32 below 1e-19, and one such row would stop the whole block
 SMALLEST_SCALE = 1e-5
 
 
@@ -70,8 +71,8 @@ class _Descent:
         second = (power + sign * sigma_power) / 2
         slope = 1 / tau.square()  # e/τ = v/τ² − 1/τ
         offset = -1 / tau
-        # a bell without weights, or of an all-zero row, contributes nothing
-        empty = (count == 0) | (tau == 0)
+        # a bell without weights, or of a row of (next to) nothing, contributes nothing
+        empty = (count == 0) | (tau.abs() < SMALLEST_TARGET)
         slope, offset = slope.masked_fill(empty, 0), offset.masked_fill(empty, 0)
         dtnp = 100 * float((second * slope + 2 * first * offset + count).sum()) / (rows * n)
 
@@ -109,6 +110,7 @@ def learn_block(weight: Tensor, scales: Tensor, steps: int) -> Tensor:
     return best
 
 
+@torch.no_grad()
 def learn_column_scales(
     weights: Sequence[Tensor],
     act_absmax: Tensor,

@@ -144,7 +144,5 @@ def find_masks(scores: Tensor, ordinary_order: Literal[1, 2]) -> tuple[Tensor, T
     scores: float (r, c). Returns salient bool (c,) and sparse bool (r, c); `sparse` is False in salient columns.
     """
     salient = salient_columns(scores, ordinary_order)
-    if bool(salient.all()):
-        return salient, torch.zeros_like(scores, dtype=torch.bool)
     threshold = sparse_threshold(scores, salient)
     return salient, (scores.abs() >= threshold) & ~salient

@@ -5,25 +5,26 @@ from __future__ import annotations
 import json
 import math
 import mmap
+import re
 import shutil
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor
 
+from bellbit.core.activations import ACTIVATION_BITS, Scope
 from bellbit.errors import BellbitError
 from bellbit.packed.layouts import LAYOUTS, PackedTensor
 
 FORMAT_VERSION = 1
 MAX_SHARD_SIZE = "4GB"
 _CHECKSUMS = "crc32"
-_DTYPE_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 _DTYPE_NAMES = {torch.uint8: "U8", torch.int8: "I8", torch.float16: "F16"}
 
 
@@ -56,30 +57,39 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
                 raise ValueError("it is cut inside its header")
             header = json.loads(stream.read(length))
             checksums = json.loads(header.pop("__metadata__", {}).get(_CHECKSUMS, "{}"))
-            base = 8 + length
             entries = {
-                name: StoredTensor(
-                    file,
-                    entry["dtype"],
-                    tuple(entry["shape"]),
-                    base + entry["data_offsets"][0],
-                    base + entry["data_offsets"][1],
-                    checksums.get(name),
-                )
-                for name, entry in header.items()
+                name: _stored_tensor(file, entry, 8 + length, checksums.get(name)) for name, entry in header.items()
             }
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
             raise BellbitError(f"{file} is no intact safetensors file: {error}") from None
-    for name, tensor in sorted(entries.items(), key=lambda item: item[1].start):
+    end = 8 + length
+    for name, tensor in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
+        if tensor.start != end:
+            raise BellbitError(
+                f"{file} is no intact safetensors file: tensor {name!r} does not follow on the one before"
+            )
+        end = tensor.stop
         if tensor.stop > size:
             raise BellbitError(
                 f"{file} is cut off: tensor {name!r} ends at byte {tensor.stop}, the file at byte {size}; "
                 "copy or download it again"
             )
-        if tensor.nbytes != math.prod(tensor.shape) * _DTYPE_BYTES.get(tensor.dtype, 0):
+        bits = int(re.sub(r"^[A-Z]*?(\d+).*$|^BOOL$", lambda found: found[1] or "8", tensor.dtype))
+        if 8 * tensor.nbytes != math.prod(tensor.shape) * bits:
             what = f"{tensor.dtype} {tensor.shape}"
             raise BellbitError(f"{file}: tensor {name!r} of {what} cannot be {tensor.nbytes} bytes")
     return entries
+
+
+def _stored_tensor(file: Path, entry: Any, base: int, checksum: int | None) -> StoredTensor:
+    """One entry of a header. Raises ValueError, KeyError or TypeError if it is not well-formed."""
+    start, stop = entry["data_offsets"]
+    numbers = [start, stop, *entry["shape"]]
+    if not all(type(number) is int and number >= 0 for number in numbers) or start > stop:
+        raise ValueError(f"{entry} describes no tensor")
+    if not isinstance(entry["dtype"], str) or not re.fullmatch(r"BOOL|[A-Z]+\d+\w*", entry["dtype"]):
+        raise ValueError(f"{entry['dtype']!r} is no dtype")
+    return StoredTensor(file, entry["dtype"], tuple(entry["shape"]), base + start, base + stop, checksum)
 
 
 def read_headers(files: Iterable[Path]) -> dict[str, StoredTensor]:
@@ -103,13 +113,16 @@ def check_packed(stored: Mapping[str, StoredTensor], quantization: Mapping[str, 
                 )
 
 
-def verify(files: Iterable[Path], quantization: Mapping[str, Any]) -> None:
+def verify(files: Iterable[Path], quantization: Mapping[str, Any], expected: Iterable[str]) -> None:
     """Check a checkpoint against its `quantization_config` before anything is loaded from it.
 
+    expected: names of all tensors that the model takes from it.
     Raises BellbitError naming the first tensor that is missing, cut, misshapen, or whose bytes have changed.
     """
     stored = read_headers(files)
     check_packed(stored, quantization)
+    if missing := sorted(set(expected) - set(stored)):
+        raise BellbitError(f"the checkpoint lacks the tensor {missing[0]!r}")
     by_file: dict[Path, list[tuple[str, StoredTensor]]] = {}
     for name, tensor in stored.items():
         by_file.setdefault(tensor.file, []).append((name, tensor))
@@ -138,19 +151,32 @@ def module_layout(
         rows, columns = entry["shape"]
         options = dict(quantization["layouts"][entry["layout"]])
         layout = LAYOUTS[options.pop("layout")]
-        layout.spec((rows, columns), options)
-    except (KeyError, IndexError, TypeError, ValueError, ZeroDivisionError) as error:
+        if set(options) != set(layout.option_names):
+            raise ValueError(f"its options are {sorted(options)}, not {sorted(layout.option_names)}")
+        if not all(type(number) is int and number > 0 for number in (rows, columns, *options.values())):
+            raise ValueError("shape and options must be positive integers")
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise BellbitError(f"config.json describes the layout of {module!r} wrongly: {error!r}") from None
     return layout, (rows, columns), options
 
 
-def check_version(quantization: Mapping[str, Any]) -> None:
-    """Raise BellbitError for a checkpoint of a newer format."""
+def check_config(quantization: Mapping[str, Any]) -> None:
+    """Raise BellbitError for a `quantization_config` of a newer format, or one that makes no sense."""
     version = quantization.get("format_version")
     if not isinstance(version, int) or version > FORMAT_VERSION:
         raise BellbitError(
             f"this checkpoint has format version {version}, this bellbit reads up to {FORMAT_VERSION}: upgrade bellbit"
         )
+    modules = quantization.get("modules")
+    if not isinstance(modules, dict) or not modules:
+        raise BellbitError("config.json names no quantized modules")
+    for name, allowed in (("act_bits", ACTIVATION_BITS), ("act_scope", get_args(Scope))):
+        if quantization.get(name) not in allowed:
+            raise BellbitError(f"config.json has {name} {quantization.get(name)!r}; allowed: {allowed}")
+    if strange := set(quantization.get("rounded_outputs", ())) - set(modules):
+        raise BellbitError(f"config.json rounds the output of {sorted(strange)[0]!r}, which is not quantized")
+    for module in modules:
+        module_layout(quantization, module)
 
 
 def checksum(tensor: Tensor) -> int:

@@ -13,7 +13,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from bellbit.errors import BellbitError
-from bellbit.packed.checkpoint import FORMAT_VERSION, check_version, module_layout, verify
+from bellbit.packed.checkpoint import FORMAT_VERSION, check_config, module_layout, verify
 from bellbit.packed.linear import PackedLinear
 
 QUANT_METHOD = "bellbit"
@@ -62,7 +62,7 @@ class BellbitQuantizer(HfQuantizer):  # type: ignore[misc]
     ) -> None:
         config = self.quantization_config
         described = config.to_dict()
-        check_version(described)
+        check_config(described)
         present = dict(model.named_modules())
         linears: dict[str, nn.Linear] = {}
         for name in config.modules:
@@ -71,7 +71,6 @@ class BellbitQuantizer(HfQuantizer):  # type: ignore[misc]
             if not isinstance(linear, nn.Linear) or (linear.out_features, linear.in_features) != shape:
                 raise BellbitError(f"config.json quantizes {name!r} as {shape}, but the model has no such linear layer")
             linears[name] = linear
-        verify(map(Path, checkpoint_files or ()), described)
         for name, linear in linears.items():
             layout, shape, options = module_layout(described, name)
             packed_layer = PackedLinear(
@@ -85,6 +84,8 @@ class BellbitQuantizer(HfQuantizer):  # type: ignore[misc]
                 device=torch.device("meta"),
             )
             model.set_submodule(name, packed_layer)
+        expected = set(model.state_dict()) - set(getattr(model, "all_tied_weights_keys", ()))
+        verify(map(Path, checkpoint_files or ()), described, expected)
 
     def is_serializable(self) -> bool:
         return True

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -36,6 +36,8 @@ class PackedTensor(ABC):
     """A quantized weight of `shape` (out, in) in the form it is stored and run in."""
 
     layout: ClassVar[str]
+    option_names: ClassVar[tuple[str, ...]]
+    nominal_from: ClassVar[tuple[str, ...]] = ()  # the stored tensors whose content `nominal_bits` depends on
     shape: tuple[int, int]
 
     @classmethod
@@ -44,9 +46,9 @@ class PackedTensor(ABC):
         """What is stored for a weight of `shape` (out, in) under the layout's `options`, by field name."""
 
     @property
-    @abstractmethod
     def options(self) -> dict[str, Any]:
         """The layout's parameters, as config.json keeps them."""
+        return {name: getattr(self, name) for name in self.option_names}
 
     @property
     @abstractmethod
@@ -77,11 +79,6 @@ class PackedTensor(ABC):
     def bits_per_weight(self) -> float:
         """All stored bits over the number of weights."""
         return sum(self.bits.values())
-
-    def to(self, device: torch.device | str) -> Self:
-        """The same weight on another device."""
-        moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in self.tensors.items()}
-        return replace(self, **moved)
 
 
 def stored_bits(layout: type[PackedTensor], shape: tuple[int, int], options: Mapping[str, Any]) -> dict[str, float]:
@@ -143,6 +140,8 @@ class Codebook2(PackedTensor):
     """
 
     layout: ClassVar[str] = "codebook2"
+    option_names: ClassVar[tuple[str, ...]] = ("block_size", "scale_bits")
+    nominal_from: ClassVar[tuple[str, ...]] = ("salient",)
     block_size: int
     scale_bits: int
     signs: Tensor
@@ -165,10 +164,6 @@ class Codebook2(PackedTensor):
         if not wide:
             spec["exponents"] = TensorSpec((rows, count), torch.uint8, "scales")
         return spec
-
-    @property
-    def options(self) -> dict[str, Any]:
-        return {"block_size": self.block_size, "scale_bits": self.scale_bits}
 
     @classmethod
     def pack(cls, parts: list[BinarizedBlock], block_size: int, scale_bits: int = 16) -> Codebook2:
@@ -215,6 +210,7 @@ class Uniform(PackedTensor):
     """
 
     layout: ClassVar[str] = "uniform"
+    option_names: ClassVar[tuple[str, ...]] = ("width", "group_size")
     width: int
     group_size: int
     codes: Tensor
@@ -230,10 +226,6 @@ class Uniform(PackedTensor):
             "scales": TensorSpec((rows, groups), torch.float16, "scales"),
             "zeros": TensorSpec((rows, groups), torch.uint8, "scales"),
         }
-
-    @property
-    def options(self) -> dict[str, Any]:
-        return {"width": self.width, "group_size": self.group_size}
 
     @classmethod
     def pack(cls, groups: list[UniformGroup], width: int, group_size: int) -> Uniform:

@@ -78,3 +78,8 @@ class PackedLinear(nn.Module):
     def extra_repr(self) -> str:
         bits = self.packed.bits_per_weight
         return f"{self.in_features}, {self.out_features}, {self.layout}, {bits:.3f} bits, A{self.act_bits}"
+
+
+def packed_linears(model: nn.Module) -> dict[str, PackedLinear]:
+    """The packed layers of a model by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}

@@ -3,31 +3,53 @@
 from __future__ import annotations
 
 import errno
+import json
+import os
 import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from bellbit.core.activations import Scope
 from bellbit.errors import BellbitError
+from bellbit.loading import first_line
 from bellbit.packed.checkpoint import write_shards
-from bellbit.packed.hf import BellbitConfig
-from bellbit.packed.linear import PackedLinear
+from bellbit.packed.hf import QUANT_METHOD, BellbitConfig
+from bellbit.packed.linear import packed_linears
 
 RELOAD_TOLERANCE = 1e-5  # of the largest logit; measured difference after reloading: 0
 
 
-def check_output(out: str | Path, overwrite: bool) -> Path:
-    """The output path. Raises BellbitError if something is there already, or its parent is not writable."""
-    path = Path(out).expanduser()
+def check_output(out: str | Path, overwrite: bool, source: str) -> Path:
+    """The output path, resolved.
+
+    Raises BellbitError if it cannot be made, if something is there already, and, even with `overwrite`, if that
+    is anything but an earlier checkpoint of bellbit, or the source model itself.
+    """
+    path = Path(out).expanduser().resolve()
+    ancestor = next(parent for parent in path.parents if parent.exists())
+    if not ancestor.is_dir() or not os.access(ancestor, os.W_OK):
+        raise BellbitError(f"{path} cannot be made: {ancestor} is no directory that can be written to")
     if path.exists() and not path.is_dir():
         raise BellbitError(f"{path} exists and is no directory")
-    if path.is_dir() and any(path.iterdir()) and not overwrite:
-        raise BellbitError(f"{path} exists and is not empty; give another path, or --overwrite")
+    if path.is_dir() and any(path.iterdir()):
+        if not overwrite:
+            raise BellbitError(f"{path} exists and is not empty; give another path, or --overwrite")
+        if path == Path(source).expanduser().resolve() or not _is_checkpoint(path):
+            raise BellbitError(f"{path} holds something else than a bellbit checkpoint: it is not overwritten")
     return path
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return bool(config["quantization_config"]["quant_method"] == QUANT_METHOD)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def narrowest(tensor: Tensor) -> Tensor:
@@ -49,11 +71,6 @@ def round_unquantized(model: nn.Module, quantized: set[str]) -> None:
             continue
         if narrowest(parameter.data).dtype.itemsize > 2 and bool(parameter.half().isfinite().all()):
             parameter.data.copy_(parameter.half())
-
-
-def packed_linears(model: nn.Module) -> dict[str, PackedLinear]:
-    """The packed layers of a model by name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
 
 
 def quantization_config(
@@ -92,9 +109,10 @@ def save_checkpoint(
     probe: token ids (n,) to compare logits on.
     Raises BellbitError if the disk is full or the reloaded model does not give the same logits.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    folder = None
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
         folder.chmod(0o755)
         write_shards(stored_tensors(model), folder)
         model.config.quantization_config = config
@@ -108,12 +126,13 @@ def save_checkpoint(
             file.chmod(0o644)  # safetensors writes for the owner alone
         _check_reload(model, folder, probe)
         _put_in_place(folder, target, overwrite)
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise BellbitError(f"no space left while writing {target}; nothing was kept") from error
-        raise
+    except (OSError, SafetensorError) as error:
+        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+        cause = "no space left" if full else first_line(error)
+        raise BellbitError(f"{cause} while writing {target}; nothing was kept") from error
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _check_reload(model: Any, folder: Path, probe: Tensor) -> None:
@@ -135,7 +154,11 @@ def _put_in_place(folder: Path, target: Path, overwrite: bool) -> None:
     if overwrite and target.is_dir():
         old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
         target.replace(old)
-        folder.replace(target)
+        try:
+            folder.replace(target)
+        except OSError:
+            old.replace(target)
+            raise
         shutil.rmtree(old)
     else:
         folder.replace(target)  # an empty directory may be replaced, anything else raises

@@ -57,12 +57,14 @@ Observer = Callable[[GroupRecord], None]
 class Run:
     """What a run over a model did. errors: as in GroupRecord, by full module name.
 
-    fallbacks: linears that were rounded plainly because their Hessian was beyond repair.
+    fallbacks: linears that were rounded plainly because their Hessian was beyond repair; failed_hessians: how many
+    Hessians that were.
     algorithm_seconds: spent outside the model's own forward passes and the accumulation of Hessians.
     """
 
     errors: dict[str, float] = field(default_factory=dict)
     fallbacks: list[str] = field(default_factory=list)
+    failed_hessians: int = 0
     algorithm_seconds: float = 0.0
 
 
@@ -271,8 +273,6 @@ def _quantize_group(
         packed = METHODS[settings.method].quantize(weight, factor, settings)
         record.packed[linear] = packed
         record.errors[linear] = run.errors[name] = _relative_error(weight, packed.dequantize(), hessian)
-        if factor is not None and factor.damping is None:
-            run.fallbacks.append(name)
         rounds = settings.act_bits < 16 and linear in family.rounded_outputs
         layer = PackedLinear.holding(
             packed,
@@ -282,16 +282,22 @@ def _quantize_group(
             round_output=rounds,
         )
         model.set_submodule(name, layer)
+    if factor is not None and factor.damping is None:
+        run.failed_hessians += 1
+        run.fallbacks += [f"{block_name}.{linear}" for linear in record.group.linears]
     total = len(family.groups) * len(model.get_submodule(family.blocks))
-    if len(run.fallbacks) > FALLBACK_LIMIT * total * max(len(group.linears) for group in family.groups):
+    if run.failed_hessians > FALLBACK_LIMIT * total:
         raise BellbitError(
-            f"{len(run.fallbacks)} layers have a Hessian that no damping repairs, the last {run.fallbacks[-1]}; "
+            f"{run.failed_hessians} Hessians cannot be repaired by damping, the last that of {run.fallbacks[-1]}; "
             "the calibration text is too uniform or the model broken: give other text"
         )
 
 
 def _relative_error(weight: Tensor, quantized: Tensor, hessian: Tensor | None) -> float:
-    difference = weight - quantized
-    if hessian is None:
-        return float(difference.square().sum() / weight.square().sum())
-    return float(((difference @ hessian) * difference).sum() / ((weight @ hessian) * weight).sum())
+    """As GroupRecord says; 0 where there is nothing to lose."""
+
+    def power(w: Tensor) -> float:
+        return float(w.square().sum() if hessian is None else ((w @ hessian) * w).sum())
+
+    whole = power(weight)
+    return power(weight - quantized) / whole if whole > 0 else 0.0

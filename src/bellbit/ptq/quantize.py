@@ -13,9 +13,10 @@ from torch import nn
 
 from bellbit.data import calibration_windows, load_corpus
 from bellbit.errors import BellbitError
-from bellbit.loading import is_quantized, load_config, load_model, load_tokenizer, locate, resolve_device
+from bellbit.loading import check_length, load_config, load_model, load_tokenizer, locate, quantized_by, resolve_device
 from bellbit.packed.layouts import PackedTensor
-from bellbit.packed.save import check_output, packed_linears, quantization_config, round_unquantized, save_checkpoint
+from bellbit.packed.linear import packed_linears
+from bellbit.packed.save import check_output, quantization_config, round_unquantized, save_checkpoint
 from bellbit.ptq.families import Family, check_foldable, family_of
 from bellbit.ptq.loop import Observer, Progress, quantize_model
 from bellbit.ptq.methods import METHODS, Settings
@@ -72,17 +73,18 @@ def quantize(
     """
     started = time.perf_counter()
     settings = Settings(method, **options)
-    if samples < 1 or seq_len < 2:
-        raise BellbitError(f"--samples {samples} with --seq-len {seq_len} is not possible; allowed: ≥ 1 and ≥ 2")
-    target = check_output(out, overwrite)
+    if samples < 1:
+        raise BellbitError(f"--samples {samples} is not possible; allowed: 1 and more")
+    target = check_output(out, overwrite, str(model))
     device, dtype = resolve_device(device, dtype)
 
     progress(0, "opening the model")
     location = locate(str(model))
     config = load_config(location)
-    if is_quantized(config):
-        raise BellbitError(f"{model} is quantized already; give the original model")
+    if (by := quantized_by(config, location)) is not None:
+        raise BellbitError(f"{model} is quantized already, by {by}; give the original model")
     family = family_of(config)
+    check_length(config, seq_len)
     settings = settings.resolved(family)
     if METHODS[method].transforms and settings.ltdb != "off":
         check_foldable(config)
