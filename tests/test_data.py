@@ -4,7 +4,7 @@ import zipfile
 import pytest
 import torch
 
-from bellbit import data, fetch
+from bellbit import fetch, wikipedia
 from bellbit.data import Corpus, calibration_windows, evaluation_windows, load_corpus, tokenize
 from bellbit.errors import BellbitError
 from conftest import byte_tokenizer
@@ -165,7 +165,7 @@ def test_wikipedia_markup_becomes_text():
         "{{Infobox|x=1}}\n'''Bell''' is a [[bell (instrument)|bell]].<ref>Book</ref>\n[[File:a.jpg|thumb|A [[b]] c]]\n"
         "{| class=x\n| cell\n|}\n\n\n== History ==\nIt rang.\n[[Category:Bells]]\n[[de:Glocke]]"
     )
-    assert data._plain_text(markup) == "Bell is a bell.\n\nHistory\nIt rang."
+    assert wikipedia.plain_text(markup) == "Bell is a bell.\n\nHistory\nIt rang."
 
 
 def test_fetched_files_are_checked_by_their_digest(monkeypatch, tmp_path):

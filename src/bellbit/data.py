@@ -6,25 +6,21 @@ the training text, perplexity consecutive windows of the test text, each text to
 
 from __future__ import annotations
 
-import bz2
-import contextlib
-import hashlib
 import json
 import math
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
-from xml.etree import ElementTree
 
 import torch
 from torch import Tensor
 
 from bellbit.errors import BellbitError
-from bellbit.fetch import WIKIPEDIA_DUMP, cache_dir, fetch
 from bellbit.loading import first_line, quiet
+from bellbit.wikipedia import articles
 
 Part = Literal["train", "test"]
 TRAIN_SHARE = 0.75  # of wiki-sample
@@ -158,7 +154,7 @@ def _c4(part: Part) -> Corpus:
 
 
 def _wiki_sample(part: Part) -> Corpus:
-    whole = Corpus("wiki-sample", wikipedia_articles())
+    whole = Corpus("wiki-sample", articles())
     return whole.cut(0, TRAIN_SHARE) if part == "train" else whole.cut(TRAIN_SHARE, 1)
 
 
@@ -169,59 +165,6 @@ SOURCES: dict[str, Callable[[Part], Corpus]] = {
     "c4": _c4,
 }
 _KNOWN = f"known are {', '.join(SOURCES)} and paths to .txt, .jsonl or .parquet files"
-
-
-def wikipedia_articles() -> list[str]:
-    """The articles of the Wikipedia dump sample in gensim's wheel, as plain text; stripped once, then cached."""
-    dump = fetch(WIKIPEDIA_DUMP)
-    rules = hashlib.sha256(f"{WIKIPEDIA_DUMP.sha256} {_STRIPPING_RULES}".encode()).hexdigest()[:16]
-    cached = cache_dir() / f"wiki-sample-{rules}.json"
-    if cached.exists():
-        articles: list[str] = json.loads(cached.read_text(encoding="utf-8"))
-        return articles
-    articles = [f"{title}\n\n{text}" for title, source in _dump_pages(dump) if (text := _plain_text(source))]
-    partial = cached.with_suffix(".partial")
-    partial.write_text(json.dumps(articles), encoding="utf-8")
-    partial.replace(cached)
-    return articles
-
-
-def _dump_pages(dump: Path) -> Iterator[tuple[str, str]]:
-    """Title and wiki markup of every article of a MediaWiki dump, redirects left out."""
-    with bz2.open(dump) as stream:
-        for _, page in ElementTree.iterparse(stream):
-            namespace, _, tag = page.tag.rpartition("}")
-            if tag != "page":
-                continue
-
-            def find(name: str, page: ElementTree.Element = page, prefix: str = namespace + "}") -> str:
-                return page.findtext("/".join(prefix + part for part in name.split("/"))) or ""
-
-            if find("ns") == "0" and page.find(f"{namespace}}}redirect") is None:
-                yield find("title"), find("revision/text")
-            page.clear()
-
-
-_STRIPPING_RULES = "no files, categories, language links, tables and references; runs of blank lines to one"
-
-
-def _plain_text(markup: str) -> str:
-    """Wiki markup without markup, as `_STRIPPING_RULES` says."""
-    import mwparserfromhell
-
-    code = mwparserfromhell.parse(markup)
-    for link in code.filter_wikilinks():
-        if re.match(r"\s*(:?(File|Image|Category)|[a-z]{2,3}(-[a-z-]+)?):", str(link.title)):
-            _remove(code, link)
-    for tag in code.filter_tags(matches=lambda node: str(node.tag).lower() in {"ref", "table", "gallery"}):
-        _remove(code, tag)
-    lines = (line.strip() for line in code.strip_code().splitlines())
-    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip()
-
-
-def _remove(code: Any, node: Any) -> None:
-    with contextlib.suppress(ValueError):  # it stood inside a node that is gone already
-        code.remove(node)
 
 
 def tokenize(text: str, tokenizer: Any) -> Tensor:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +109,8 @@ def _from_pretrained(cls: Any, location: Location, **options: Any) -> Any:
     A damaged or strange file makes the readers below raise whatever they happen on, hence the wide net.
     """
     try:
-        return cls.from_pretrained(**location.arguments, trust_remote_code=False, **options)
+        with _no_gguf_bar():
+            return cls.from_pretrained(**location.arguments, trust_remote_code=False, **options)
     except BellbitError:
         raise
     except Exception as error:
@@ -127,6 +131,19 @@ def resolve_device(device: str, dtype: str) -> tuple[str, str]:
     except (RuntimeError, AssertionError) as error:
         raise BellbitError(f"--device {device} is not to be had: {str(error).splitlines()[0]}") from None
     return device, "float32" if dtype == "auto" and device == "cpu" else dtype
+
+
+@contextmanager
+def _no_gguf_bar() -> Iterator[None]:
+    """transformers' GGUF reader draws a bar that no setting of its own turns off; it would cut through ours."""
+    import transformers.modeling_gguf_pytorch_utils as reader
+
+    original = reader.tqdm
+    reader.tqdm = partial(original, disable=True)
+    try:
+        yield
+    finally:
+        reader.tqdm = original
 
 
 def first_line(error: Exception) -> str:

@@ -65,7 +65,7 @@ def test_each_block_runs_at_most_three_times(monkeypatch):
 def test_the_hessian_of_scaled_inputs_is_the_unscaled_one_between_inverse_scales(monkeypatch):
     """Scales are folded before the Hessians are taken, so that no run of its own is needed: H_T = D⁻¹·H·D⁻¹."""
     seen = {}
-    original = loop._hessians
+    original = loop.group_hessians
     records = []
 
     def spy(stream, block, family, *rest):
@@ -73,7 +73,7 @@ def test_the_hessian_of_scaled_inputs_is_the_unscaled_one_between_inverse_scales
         seen.setdefault(len(seen), {group.linears: h.clone() for group, h in found.items()})
         return found
 
-    monkeypatch.setattr(loop, "_hessians", spy)
+    monkeypatch.setattr(loop, "group_hessians", spy)
     run("llama", Settings(ltdb="learn", ltdb_steps=5), observer=records.append)
     run("llama", Settings(ltdb="off"))
     scaled, plain = seen[0], seen[2]  # block 0 of either run

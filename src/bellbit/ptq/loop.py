@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bellbit.core.activations import quantize_activations
-from bellbit.core.hessian import InverseFactor, accumulate, inverse_factor, new_hessian
+from bellbit.core.hessian import InverseFactor, inverse_factor
 from bellbit.core.ltdb import SMALLEST_SCALE, learn_column_scales
 from bellbit.errors import BellbitError
 from bellbit.packed.layouts import PackedTensor
 from bellbit.packed.linear import PackedLinear
+from bellbit.ptq.collect import group_hessians, input_maxima
 from bellbit.ptq.families import Family, InputGroup, fold_column_scales
 from bellbit.ptq.methods import METHODS, Settings
 from bellbit.ptq.stream import BlockStream
@@ -108,14 +108,14 @@ def quantize_model(
         if stream is not None:
             if full_precision is not None:
                 last = index == len(blocks) - 1
-                maxima = _input_maxima(stream, block, family, full_precision, steps.part("maxima"), keep=not last)
+                maxima = input_maxima(stream, block, family, full_precision, steps.part("maxima"), keep=not last)
                 with _timed(run):
                     for record in records:
                         if record.group.norm is not None:
                             record.act_absmax = maxima[record.group]
                             record.scales = _column_scales(block, record.group, record.act_absmax, settings)
                             fold_column_scales(block, record.group, record.scales)
-            hessians = _hessians(stream, block, family, settings, name, steps.part("hessians"))
+            hessians = group_hessians(stream, block, family, settings, name, steps.part("hessians"))
         with _timed(run):
             for record in records:
                 _quantize_group(model, name, record, hessians.pop(record.group, None), family, settings, run)
@@ -166,93 +166,12 @@ def _weight(block: nn.Module, linear: str) -> Tensor:
     return weight.detach()
 
 
-@contextmanager
-def _hooks(block: nn.Module, hooks: Mapping[str, Callable[[Tensor], Tensor | None]]) -> Iterator[None]:
-    """Call a function on the input of each named linear while the context is open; it may return another input."""
-
-    def before(function: Callable[[Tensor], Tensor | None]) -> Callable[..., Any]:
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-            replacement = function(inputs[0])
-            return None if replacement is None else (replacement, *inputs[1:])
-
-        return hook
-
-    handles = [block.get_submodule(name).register_forward_pre_hook(before(f)) for name, f in hooks.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _input_maxima(
-    stream: BlockStream, block: nn.Module, family: Family, hidden: Tensor, report: Callable[[float], None], keep: bool
-) -> dict[InputGroup, Tensor]:
-    """max|X_c| over the calibration set for every group that a norm feeds: (in,) each. Advances `hidden`."""
-    maxima: dict[InputGroup, Tensor] = {}
-
-    def hook(group: InputGroup) -> Callable[[Tensor], None]:
-        def take(x: Tensor) -> None:
-            largest = x.detach().flatten(0, -2).abs().amax(dim=0)
-            maxima[group] = torch.maximum(maxima[group], largest) if group in maxima else largest
-
-        return take
-
-    with _hooks(block, {group.linears[0]: hook(group) for group in family.groups if group.norm}):
-        stream.run(block, hidden, report, keep)
-    return maxima
-
-
 def _column_scales(block: nn.Module, group: InputGroup, act_absmax: Tensor, settings: Settings) -> Tensor:
     """T of one group, kept away from zero."""
     steps = settings.ltdb_steps if settings.ltdb == "learn" else 0
     weights = [_weight(block, name) for name in group.linears]
     scales = learn_column_scales(weights, act_absmax, settings.epsilon, steps, settings.block_size)
     return torch.where(scales.abs() < SMALLEST_SCALE, SMALLEST_SCALE, scales)
-
-
-def _hessians(
-    stream: BlockStream,
-    block: nn.Module,
-    family: Family,
-    settings: Settings,
-    name: str,
-    report: Callable[[float], None],
-) -> dict[InputGroup, Tensor]:
-    """One Hessian per group, from the chain through the quantized blocks, activations rounded as at inference."""
-    hessians: dict[InputGroup, Tensor] = {}
-    samples = len(stream.inputs)
-
-    def hook(group: InputGroup, linear: str) -> Callable[[Tensor], Tensor]:
-        def take(x: Tensor) -> Tensor:
-            x = quantize_activations(x, settings.act_bits, settings.resolved_scope)
-            if linear == group.linears[0]:
-                if group not in hessians:
-                    hessians[group] = new_hessian(x.shape[-1], x.device)
-                accumulate(hessians[group], x, samples)
-            return x
-
-        return take
-
-    hooks = {linear: hook(group, linear) for group in family.groups for linear in group.linears}
-    rounded = family.rounded_outputs if settings.act_bits < 16 else ()
-    handles = [
-        block.get_submodule(linear).register_forward_hook(
-            lambda _, __, y: quantize_activations(y, settings.act_bits, settings.resolved_scope)
-        )
-        for linear in rounded
-    ]
-    with _hooks(block, hooks):
-        stream.run(block, stream.inputs, report, keep=False)
-    for handle in handles:
-        handle.remove()
-    for group, hessian in hessians.items():
-        if not bool(hessian.isfinite().all()):
-            raise BellbitError(
-                f"the inputs of {name}.{group.linears[0]} hold NaN or infinite values on the calibration text; "
-                "try --dtype float32"
-            )
-    return hessians
 
 
 def _quantize_group(

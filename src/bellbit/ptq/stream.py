@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
+
+
+class StopBlock(Exception):
+    """Raised by a hook that has seen all it wants: the rest of the block need not run for this batch."""
 
 
 class BlockStream:
@@ -55,13 +60,15 @@ class BlockStream:
     def run(self, block: nn.Module, hidden: Tensor, report: Callable[[float], None], keep: bool = True) -> None:
         """Run `block` over all windows of `hidden` (samples, length, width); with `keep`, in place.
 
-        report: told the share of windows done. keep: False when only the hooks on the block's modules matter.
+        report: told the share of windows done. keep: False when only the hooks on the block's modules matter, which
+        may then raise StopBlock.
         """
         self.runs[block] += 1
         args, kwargs = tree_map_only(Tensor, lambda t: t.to(self.device), self.arguments[block])
         done = 0
         for batch in hidden.split(self.batch_size):
-            output = block(batch.to(self.device), *args, **kwargs)
+            with nullcontext() if keep else suppress(StopBlock):
+                output = block(batch.to(self.device), *args, **kwargs)
             if keep:
                 batch.copy_(output[0] if isinstance(output, tuple) else output)
             done += len(batch)

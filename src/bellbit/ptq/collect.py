@@ -1,0 +1,100 @@
+"""What a run over the calibration set tells about a block's inputs: largest values and Hessians."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bellbit.core.activations import quantize_activations
+from bellbit.core.hessian import accumulate, new_hessian
+from bellbit.errors import BellbitError
+from bellbit.ptq.families import Family, InputGroup
+from bellbit.ptq.methods import Settings
+from bellbit.ptq.stream import BlockStream, StopBlock
+
+
+@contextmanager
+def _hooks(block: nn.Module, hooks: Mapping[str, Callable[[Tensor], Tensor | None]]) -> Iterator[None]:
+    """Call a function on the input of each named linear while the context is open; it may return another input."""
+
+    def before(function: Callable[[Tensor], Tensor | None]) -> Callable[..., Any]:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+            replacement = function(inputs[0])
+            return None if replacement is None else (replacement, *inputs[1:])
+
+        return hook
+
+    handles = [block.get_submodule(name).register_forward_pre_hook(before(f)) for name, f in hooks.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def input_maxima(
+    stream: BlockStream, block: nn.Module, family: Family, hidden: Tensor, report: Callable[[float], None], keep: bool
+) -> dict[InputGroup, Tensor]:
+    """max|X_c| over the calibration set for every group that a norm feeds: (in,) each. Advances `hidden`."""
+    maxima: dict[InputGroup, Tensor] = {}
+
+    def hook(group: InputGroup) -> Callable[[Tensor], None]:
+        def take(x: Tensor) -> None:
+            largest = x.detach().flatten(0, -2).abs().amax(dim=0)
+            maxima[group] = torch.maximum(maxima[group], largest) if group in maxima else largest
+
+        return take
+
+    with _hooks(block, {group.linears[0]: hook(group) for group in family.groups if group.norm}):
+        stream.run(block, hidden, report, keep)
+    return maxima
+
+
+def group_hessians(
+    stream: BlockStream,
+    block: nn.Module,
+    family: Family,
+    settings: Settings,
+    name: str,
+    report: Callable[[float], None],
+) -> dict[InputGroup, Tensor]:
+    """One Hessian per group, from the chain through the quantized blocks, activations rounded as at inference."""
+    hessians: dict[InputGroup, Tensor] = {}
+    samples = len(stream.inputs)
+
+    def hook(group: InputGroup, linear: str) -> Callable[[Tensor], Tensor]:
+        def take(x: Tensor) -> Tensor:
+            x = quantize_activations(x, settings.act_bits, settings.resolved_scope)
+            if linear == group.linears[0]:
+                if group not in hessians:
+                    hessians[group] = new_hessian(x.shape[-1], x.device)
+                accumulate(hessians[group], x, samples)
+            if linear == family.groups[-1].linears[-1]:
+                raise StopBlock  # its product, a quarter of a LLaMA block, is not needed
+            return x
+
+        return take
+
+    hooks = {linear: hook(group, linear) for group in family.groups for linear in group.linears}
+    rounded = family.rounded_outputs if settings.act_bits < 16 else ()
+    handles = [
+        block.get_submodule(linear).register_forward_hook(
+            lambda _, __, y: quantize_activations(y, settings.act_bits, settings.resolved_scope)
+        )
+        for linear in rounded
+    ]
+    with _hooks(block, hooks):
+        stream.run(block, stream.inputs, report, keep=False)
+    for handle in handles:
+        handle.remove()
+    for group, hessian in hessians.items():
+        if not bool(hessian.isfinite().all()):
+            raise BellbitError(
+                f"the inputs of {name}.{group.linears[0]} hold NaN or infinite values on the calibration text; "
+                "try --dtype float32"
+            )
+    return hessians
