@@ -1,4 +1,4 @@
-"""Pictures of a quantization: one bell before, two bells after, input maxima, and the error of every layer."""
+"""Pictures of a quantization: weights before and after with their targets, input maxima, the error of every layer."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ class Figures:
         weight, scales, maxima = (tensor.float().cpu() for tensor in found)
         figure, (bells, channels) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
         for values, colour, label in (
-            (weight, BEFORE, "before: one bell"),
-            (weight * scales, AFTER, "after scaling columns: two bells"),
+            (weight, BEFORE, "before"),
+            (weight * scales, AFTER, "after scaling columns"),
         ):
             look = {"bins": 120, "range": (-4, 4), "density": True, "alpha": 0.6}
             bells.hist(_row_normalized(values).numpy(), color=colour, label=label, **look)
@@ -69,7 +69,7 @@ class Figures:
             bells.axvline(target, color=TARGET, linestyle="--", label="targets m ± d" if target > 0 else None)
         bells.set(title=f"Weights of block {record.block}, {linear}", ylabel="density")
         bells.set_xlabel("(w − m) / d, per row and 128 columns")
-        bells.legend(fontsize="small")
+        bells.legend(fontsize="small", loc="upper right")
         order = maxima.argsort(descending=True)
         channels.plot(maxima[order].numpy(), color=BEFORE, label="before")
         channels.plot((maxima / scales.abs())[order].numpy(), color=AFTER, label="after", linewidth=0.8)
