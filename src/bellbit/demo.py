@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ _MEASURED, _QUANTIZED = 0.25, 0.75
 
 @dataclass(frozen=True)
 class Demo:
-    """before, after: perplexities. source, result: what the two files store. parameters: of the model.
+    """before, after: perplexities. source, result: what the two files store.
 
     text: what the quantized model makes of PROMPT.
     """
@@ -43,8 +43,8 @@ class Demo:
             return {"file_bytes": inspection.file_bytes, "bits_per_weight": totals}
 
         return {
-            "before": asdict(self.before) | stored(self.source),
-            "after": asdict(self.after) | stored(self.result),
+            "before": self.before.to_dict() | stored(self.source),
+            "after": self.after.to_dict() | stored(self.result),
             "checkpoint": self.checkpoint,
             "text": self.text,
         }

@@ -129,7 +129,7 @@ def resolve_device(device: str, dtype: str) -> tuple[str, str]:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise BellbitError(f"--device {device} is not to be had: {str(error).splitlines()[0]}") from None
+        raise BellbitError(f"--device {device} is not to be had: {first_line(error)}") from None
     return device, "float32" if dtype == "auto" and device == "cpu" else dtype
 
 
