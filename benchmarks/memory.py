@@ -11,7 +11,7 @@ import tempfile
 
 from common import note, parser, row, show
 
-ALLOWANCE = 300e6  # allocator slack, tokenizer, calibration text, one batch of activations of 4096 tokens
+ALLOWANCE = 300e6  # allocator slack, tokenizer, calibration text, one batch of activations of 2048 tokens
 
 CHILD = """
 import json, resource, sys
@@ -19,7 +19,7 @@ import torch, transformers, bellbit
 from bellbit import demo
 from bellbit.ptq import quantize as q
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-import bellbit.packed.hf, bellbit.figures
+import bellbit.packed.hf, gguf, transformers.models.llama.modeling_llama
 base = peak()
 sizes = {}
 original = q.quantize_model

@@ -182,9 +182,10 @@ def evaluate(
     _say(f"Perplexity of {model} on windows of {seq_len} tokens of {data}.")
     with report.progress_bar(err_console) as progress:
         progress(0, "opening")
-        check_length(load_config(location), seq_len)
+        config = load_config(location)
+        check_length(config, seq_len)
         tokens = evaluation_windows(load_corpus(data, "test"), load_tokenizer(location), seq_len, windows)
-        network = load_model(location, dtype)
+        network = load_model(location, dtype, config)
         result = perplexity(network, tokens, device, lambda share: progress(share, "perplexity"))
     if as_json:
         _print_json({"model": model, "data": data} | result.to_dict())

@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bellbit.core.activations import windows_at_once
 from bellbit.errors import BellbitError
 from bellbit.packed.linear import packed_linears
-
-TOKENS_AT_ONCE = 4096  # per forward pass: the packed weights are unpacked once for all of them
 
 
 @dataclass(frozen=True)
@@ -41,13 +40,14 @@ def perplexity(
     Raises BellbitError for windows of less than two tokens, and if the logits are NaN.
     """
     started = time.perf_counter()
-    if windows.shape[1] < 2:
+    length = windows.shape[1]
+    if length < 2:
         raise BellbitError("perplexity needs windows of at least two tokens")
     model.to(device)
     losses: list[float] = []
-    # one activation step per tensor would otherwise depend on which windows share a batch
-    single = any(layer.act_bits < 16 and layer.act_scope == "tensor" for layer in packed_linears(model).values())
-    for batch in windows.split(1 if single else max(1, TOKENS_AT_ONCE // windows.shape[1])):
+    layers = packed_linears(model).values()
+    rounding = {(16, "token")} | {(layer.act_bits, layer.act_scope) for layer in layers}
+    for batch in windows.split(min(windows_at_once(length, *rule) for rule in rounding)):
         tokens = batch.to(device)
         logits = model(input_ids=tokens, use_cache=False).logits
         for row, target in zip(logits, tokens, strict=True):
@@ -59,4 +59,4 @@ def perplexity(
     if math.isnan(mean):
         raise BellbitError("the model's logits are NaN; try --dtype float32")
     value = math.exp(mean) if mean < 700 else math.inf
-    return Evaluation(value, windows.numel(), len(windows), windows.shape[1], time.perf_counter() - started)
+    return Evaluation(value, windows.numel(), len(windows), length, time.perf_counter() - started)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -78,9 +78,10 @@ def check_length(config: Any, seq_len: int) -> None:
         raise BellbitError(f"--seq-len {seq_len} is not possible; allowed: {allowed}")
 
 
-def load_model(location: Location, dtype: str = "auto") -> Any:
+def load_model(location: Location, dtype: str = "auto", config: Any = None) -> Any:
     """The causal language model, in evaluation mode on the CPU. dtype: `auto`, or a key of DTYPES.
 
+    config: from `load_config`, if it is there already; parsing a GGUF file's header again takes 3 s.
     Raises BellbitError if its files lack a weight, which would else be drawn at random.
     """
     quiet()
@@ -88,7 +89,7 @@ def load_model(location: Location, dtype: str = "auto") -> Any:
 
     if dtype != "auto" and dtype not in DTYPES:
         raise BellbitError(f"--dtype {dtype} is not possible; allowed: auto, {', '.join(DTYPES)}")
-    options = {"dtype": DTYPES.get(dtype, "auto"), "output_loading_info": True}
+    options = {"dtype": DTYPES.get(dtype, "auto"), "output_loading_info": True, "config": config}
     model, info = _from_pretrained(AutoModelForCausalLM, location, **options)
     if missing := sorted(info["missing_keys"]):
         raise BellbitError(f"{location.spec!r} lacks the tensor {missing[0]!r} ({len(missing)} missing in all)")
@@ -109,7 +110,7 @@ def _from_pretrained(cls: Any, location: Location, **options: Any) -> Any:
     A damaged or strange file makes the readers below raise whatever they happen on, hence the wide net.
     """
     try:
-        with _no_gguf_bar():
+        with _mended_gguf_reader() if location.gguf else nullcontext():
             return cls.from_pretrained(**location.arguments, trust_remote_code=False, **options)
     except BellbitError:
         raise
@@ -134,16 +135,20 @@ def resolve_device(device: str, dtype: str) -> tuple[str, str]:
 
 
 @contextmanager
-def _no_gguf_bar() -> Iterator[None]:
-    """transformers' GGUF reader draws a bar that no setting of its own turns off; it would cut through ours."""
+def _mended_gguf_reader() -> Iterator[None]:
+    """transformers' GGUF reader without its progress bar, which no setting turns off and which would cut through ours.
+
+    It also builds the same table of names once per module of the model, 397 times in 5 s: here once.
+    """
+    import gguf
     import transformers.modeling_gguf_pytorch_utils as reader
 
-    original = reader.tqdm
-    reader.tqdm = partial(original, disable=True)
+    bar, table = reader.tqdm, gguf.get_tensor_name_map
+    reader.tqdm, gguf.get_tensor_name_map = partial(bar, disable=True), cache(table)
     try:
         yield
     finally:
-        reader.tqdm = original
+        reader.tqdm, gguf.get_tensor_name_map = bar, table
 
 
 def first_line(error: Exception) -> str:

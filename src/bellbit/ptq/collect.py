@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,17 +19,28 @@ from bellbit.ptq.stream import BlockStream, StopBlock
 
 
 @contextmanager
-def _hooks(block: nn.Module, hooks: Mapping[str, Callable[[Tensor], Tensor | None]]) -> Iterator[None]:
-    """Call a function on the input of each named linear while the context is open; it may return another input."""
+def _hooks(
+    block: nn.Module,
+    inputs: Mapping[str, Callable[[Tensor], Tensor | None]],
+    outputs: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType({}),
+) -> Iterator[None]:
+    """Call a function on the input, or on the output, of each named linear while the context is open.
+
+    What it returns takes the place of that input or output; None leaves it.
+    """
 
     def before(function: Callable[[Tensor], Tensor | None]) -> Callable[..., Any]:
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-            replacement = function(inputs[0])
-            return None if replacement is None else (replacement, *inputs[1:])
+        def hook(_: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+            replacement = function(arguments[0])
+            return None if replacement is None else (replacement, *arguments[1:])
 
         return hook
 
-    handles = [block.get_submodule(name).register_forward_pre_hook(before(f)) for name, f in hooks.items()]
+    def after(function: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+        return lambda _, __, output: function(output)
+
+    handles = [block.get_submodule(name).register_forward_pre_hook(before(f)) for name, f in inputs.items()]
+    handles += [block.get_submodule(name).register_forward_hook(after(f)) for name, f in outputs.items()]
     try:
         yield
     finally:
@@ -80,17 +92,12 @@ def group_hessians(
         return take
 
     hooks = {linear: hook(group, linear) for group in family.groups for linear in group.linears}
-    rounded = family.rounded_outputs if settings.act_bits < 16 else ()
-    handles = [
-        block.get_submodule(linear).register_forward_hook(
-            lambda _, __, y: quantize_activations(y, settings.act_bits, settings.resolved_scope)
-        )
-        for linear in rounded
-    ]
-    with _hooks(block, hooks):
+    outputs = {
+        linear: lambda y: quantize_activations(y, settings.act_bits, settings.resolved_scope)
+        for linear in family.rounded_outputs
+    }
+    with _hooks(block, hooks, outputs):
         stream.run(block, stream.inputs, report, keep=False)
-    for handle in handles:
-        handle.remove()
     for group, hessian in hessians.items():
         if not bool(hessian.isfinite().all()):
             raise BellbitError(

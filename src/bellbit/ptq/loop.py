@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bellbit.core.activations import windows_at_once
 from bellbit.core.hessian import InverseFactor, inverse_factor
 from bellbit.core.ltdb import SMALLEST_SCALE, learn_column_scales
 from bellbit.errors import BellbitError
+from bellbit.memory import release_memory
 from bellbit.packed.layouts import PackedTensor
 from bellbit.packed.linear import PackedLinear
 from bellbit.ptq.collect import group_hessians, input_maxima
@@ -24,8 +26,6 @@ from bellbit.ptq.stream import BlockStream
 Progress = Callable[[float, str], None]  # share done (0 … 1), what is being done
 
 FALLBACK_LIMIT = 0.25  # share of Hessians beyond repair at which a run is given up
-
-TOKENS_AT_ONCE = 4096  # in one run of a block; float32 products of 4096 rows are 1.4 times faster than of 1024
 
 # Where a block's time goes, measured on the demo model; only the progress bar depends on it.
 SHARES = {"maxima": 0.25, "hessians": 0.40, "quantize": 0.15, "propagate": 0.20}
@@ -92,10 +92,8 @@ def quantize_model(
     blocks: list[nn.Module] = list(model.get_submodule(family.blocks).children())
     stream = None
     if windows is not None:
-        # a step per tensor must see one window at a time, as at inference
-        single = settings.act_bits < 16 and settings.resolved_scope == "tensor"
-        batch_size = 1 if single else max(1, TOKENS_AT_ONCE // windows.shape[1])
-        stream = BlockStream(model, blocks, windows, device, batch_size)
+        together = windows_at_once(windows.shape[1], settings.act_bits, settings.resolved_scope)
+        stream = BlockStream(model, blocks, windows, device, together)
     transforms = method.transforms and settings.ltdb != "off"
     full_precision = stream.inputs.clone() if stream and transforms else None
 
@@ -126,6 +124,7 @@ def quantize_model(
         if stream is not None and index < len(blocks) - 1:
             stream.run(block, stream.inputs, steps.part("propagate"))
         block.to("cpu")
+        release_memory()  # what the weights were
     return run
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -14,6 +15,7 @@ from torch import nn
 from bellbit.data import calibration_windows, load_corpus
 from bellbit.errors import BellbitError
 from bellbit.loading import check_length, load_config, load_model, load_tokenizer, locate, quantized_by, resolve_device
+from bellbit.memory import release_memory
 from bellbit.packed.layouts import PackedTensor
 from bellbit.packed.linear import packed_linears
 from bellbit.packed.save import check_output, quantization_config, round_unquantized, save_checkpoint
@@ -93,9 +95,12 @@ def quantize(
     if METHODS[method].calibrates:
         windows = calibration_windows(load_corpus(calib, "train"), tokenizer, samples, seq_len, seed)
         calibration = {"source": calib, "samples": samples, "seq_len": seq_len, "seed": seed}
-    network = load_model(location, dtype)
+        release_memory()
+    network = load_model(location, dtype, config)
     check_finite(network)
     round_unquantized(network, linears_of(network, family))
+    gc.collect()  # readers of model files leave cycles behind that hold the whole file
+    release_memory()
 
     run = quantize_model(
         network, family, settings, windows, device, lambda share, text: progress(0.02 + 0.95 * share, text), observer

@@ -35,26 +35,30 @@ class BlockStream:
     @torch.no_grad()
     def _embed(self, model: Any, blocks: list[nn.Module], windows: Tensor) -> Tensor:
         """Inputs of the first block, (samples, length, width); records every block's other arguments."""
-        inputs: list[Tensor] = []
+        latest: list[Tensor] = []
 
         def recorder(block: nn.Module) -> Callable[..., Tensor]:
             def record(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
                 self.arguments.setdefault(block, (args, kwargs))
                 if block is blocks[0]:
-                    inputs.append(hidden)
+                    latest[:] = [hidden]
                 return hidden
 
             return record
 
         for block in blocks:
             block.forward = recorder(block)
+        inputs = torch.empty(0)
         try:
-            for window in windows:
+            for i, window in enumerate(windows):
                 model.base_model(input_ids=window[None], use_cache=False)
+                if i == 0:
+                    inputs = latest[0].new_empty(len(windows), *latest[0].shape[1:])
+                inputs[i] = latest[0][0]
         finally:
             for block in blocks:
                 del block.forward
-        return torch.cat(inputs)
+        return inputs
 
     @torch.no_grad()
     def run(self, block: nn.Module, hidden: Tensor, report: Callable[[float], None], keep: bool = True) -> None:
