@@ -13,7 +13,7 @@ import wrapt
 if TYPE_CHECKING:
     from bellbit.core.ltdb import learn_column_scales as learn_column_scales
     from bellbit.errors import BellbitError as BellbitError
-    from bellbit.packed.layouts import PackedTensor as PackedTensor
+    from bellbit.packed.tensor import PackedTensor as PackedTensor
     from bellbit.ptq.methods import quantize_weight as quantize_weight
     from bellbit.ptq.quantize import quantize as quantize
 

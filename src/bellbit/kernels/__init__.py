@@ -1,5 +1,15 @@
-"""Kernels for packed weights. The backend is resolved here, once; `reference` is the oracle of the others."""
+"""Kernels for packed weights: the compiled ones where they are built and fit, else the reference in plain torch."""
 
-from bellbit.kernels.reference import linear
+from __future__ import annotations
 
-__all__ = ["linear"]
+from torch import Tensor
+
+from bellbit.core.activations import Scope
+from bellbit.kernels import native, reference
+from bellbit.packed.tensor import PackedTensor
+
+
+def linear(x: Tensor, weight: PackedTensor, bias: Tensor | None, act_bits: int = 16, scope: Scope = "token") -> Tensor:
+    """x̂·Ŵᵀ + bias, x̂ = x rounded to `act_bits`. x: (..., in), float. Returns (..., out) in x's dtype."""
+    fits = x.device.type == "cpu" and native.supports(weight)
+    return (native if fits else reference).linear(x, weight, bias, act_bits, scope)

@@ -20,12 +20,13 @@ from torch import Tensor
 
 from bellbit.core.activations import ACTIVATION_BITS, Scope
 from bellbit.errors import BellbitError
-from bellbit.packed.layouts import LAYOUTS, PackedTensor
+from bellbit.packed.layouts import LAYOUTS
+from bellbit.packed.tensor import PackedTensor
 
 FORMAT_VERSION = 1
 MAX_SHARD_SIZE = "4GB"
 _CHECKSUMS = "crc32"
-_DTYPE_NAMES = {torch.uint8: "U8", torch.int8: "I8", torch.float16: "F16"}
+_DTYPE_NAMES = {torch.uint8: "U8", torch.int8: "I8", torch.float16: "F16", torch.float32: "F32"}
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from typing_extensions import Self
 
 from bellbit import kernels
 from bellbit.core.activations import Scope, quantize_activations
-from bellbit.packed.layouts import LAYOUTS, PackedTensor
+from bellbit.packed.layouts import LAYOUTS
+from bellbit.packed.tensor import PackedTensor
 
 
 class PackedLinear(nn.Module):

@@ -13,9 +13,12 @@ from bellbit.core.activations import ACTIVATION_BITS, Scope
 from bellbit.core.braq import braq
 from bellbit.core.hessian import InverseFactor, inverse_factor
 from bellbit.core.search import METRICS, Metric
+from bellbit.core.signs import round_to_signs
 from bellbit.core.uniform import quantize_uniform
 from bellbit.errors import BellbitError
-from bellbit.packed.layouts import Codebook2, PackedTensor, Uniform, round_scales
+from bellbit.packed.codebook2 import Codebook2, round_scales
+from bellbit.packed.planes import Sign128, Uniform
+from bellbit.packed.tensor import PackedTensor
 from bellbit.ptq.families import Family
 
 Ltdb = Literal["auto", "learn", "smooth", "off"]
@@ -110,11 +113,16 @@ def _uniform(weight: Tensor, factor: InverseFactor | None, settings: Settings) -
     return Uniform.pack(groups, settings.bits, GROUP_SIZE)
 
 
+def _sign(weight: Tensor, factor: InverseFactor | None, settings: Settings) -> PackedTensor:
+    return Sign128.pack(*round_to_signs(weight))
+
+
 METHODS: dict[str, Method] = {
     "dbellquant": Method(_braq(ordinary_order=1), transforms=True, saliency=True),
     "billm": Method(_braq(ordinary_order=2), saliency=True),
     "gptq": Method(_uniform),
     "rtn": Method(_uniform, calibrates=False),
+    "sign": Method(_sign, calibrates=False),
 }
 
 

@@ -1,0 +1,84 @@
+// Kernels for packed weights: raw pointers in, raw pointers out. docs/format.md gives the layouts byte for byte.
+#pragma once
+
+#include <cstdint>
+
+namespace bellbit {
+
+constexpr int64_t kBlock = 128;  // columns that activations are padded to, and that a scale of `Planes` covers
+constexpr int64_t kLanes = 16;   // floats that the kernels handle together
+
+// Where a grid's scale and zero point come from.
+enum class Grid : int {
+  kSign128,  // ±d: a float16 d in front of the 16 bytes of each block
+  kGroups,   // float16 scales and uint8 zero points, (rows, blocks)
+  kRows,     // one float32 scale per row, one zero point for all
+};
+
+// Codes as bit planes on a grid per row and block: w = scale · (code − zero).
+struct Planes {
+  const uint8_t* bits;  // first byte of plane 0, row 0, block 0
+  int64_t planes, rows, columns;
+  int64_t plane_stride, row_stride, block_stride;  // bytes; a block is 16 bytes of bits, the last may be shorter
+  Grid grid;
+  const void* scales;    // kSign128: unused
+  const uint8_t* zeros;  // kGroups
+  float zero;            // kRows
+};
+
+// Two bits into one of two 4-entry tables per row and block (layout codebook2).
+struct Codebook {
+  const uint8_t *signs, *second, *salient;
+  int64_t rows, columns, block_size;  // block_size: a multiple of 32
+  const void* scales;                 // float16, or int8 where `exponents` is given; (rows, blocks, 7)
+  const uint8_t* exponents;
+};
+
+// A dense matrix in 16 bits.
+struct Dense {
+  const uint16_t* values;
+  int64_t rows, columns;
+  bool bfloat;  // else float16
+};
+
+// Activations made ready for a kernel, in rows padded with zeros to a multiple of kBlock: values, or codes.
+// Sums are kLanes numbers per token and block that add up to the sum of the block.
+struct Activations {
+  int64_t tokens, columns, stride;  // stride: padded columns
+  const float *values, *sums;       // (tokens, stride), (tokens, blocks, kLanes); null if codes are used
+  const int8_t* codes;              // (tokens, stride); null if values are used
+  const int32_t* totals;            // (tokens, blocks, kLanes): sums of codes
+  const float* steps;               // (tokens): x = code · step
+  const int8_t* salient;            // codebook2: the codes of salient columns, which `codes` lacks
+  const int32_t* salient_totals;
+};
+
+// One instruction set's kernels. Rows first … last of the weight; y is (tokens, rows of the weight).
+struct Kernels {
+  const char* name;
+  void (*planes)(const Planes&, const Activations&, const float* bias, float* y, int64_t first, int64_t last);
+  // Codes can only be used with blocks of kBlock columns.
+  void (*codebook)(const Codebook&, const Activations&, const float* bias, float* y, int64_t first, int64_t last);
+  void (*dense)(const Dense&, const Activations&, const float* bias, float* y, int64_t first, int64_t last);
+  // Float weights of rows first … last into out (last − first, columns).
+  void (*unpack_planes)(const Planes&, float* out, int64_t first, int64_t last);
+  void (*unpack_codebook)(const Codebook&, float* out, int64_t first, int64_t last);
+  // Moves the codes of salient columns, and their totals, into arrays of their own.
+  void (*split)(const Codebook&, const Activations&, int8_t* codes, int32_t* totals, int8_t* salient,
+                int32_t* salient_totals);
+  // x (tokens, columns) times the normalized blockwise Hadamard matrix, in place.
+  void (*hadamard)(float* x, int64_t tokens, int64_t columns);
+  // x (tokens, columns) to values or codes as in Activations, whichever is not null. limit: largest code, 127 or 31;
+  // 0 keeps x as it is. shared: one step for all tokens.
+  void (*prepare)(const float* x, int64_t tokens, int64_t columns, int limit, bool shared, float* values, float* sums,
+                  int8_t* codes, float* steps, int32_t* totals);
+};
+
+// The kernels of this build that this machine can run, best first, and the chosen ones.
+int available(const Kernels* const** list);
+const Kernels& chosen();
+bool choose(const char* name);  // false if there is no such instruction set here
+
+extern const Kernels portable, avx2, avx512, avx512vnni, neon, neondot;
+
+}  // namespace bellbit

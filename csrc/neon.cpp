@@ -1,0 +1,134 @@
+// 64-bit Arm; compiled a second time with BELLBIT_DOT for machines with the dot product instructions.
+#include <arm_neon.h>
+
+#include "body.h"
+
+namespace bellbit {
+namespace {
+
+struct Neon {
+  struct F { float32x4_t part[4]; };
+  struct I { int32x4_t part[4]; };
+  struct X { int8x16_t part[4]; };
+  struct T { uint8x16x2_t bytes; };
+  using W = const uint8_t*;
+  struct B { uint8x16_t part[4]; };  // all ones in the bytes whose bit is set
+  struct C { uint32x4_t part[8]; };
+
+  template <class Make>
+  static F each(Make&& make) {
+    return {{make(0), make(1), make(2), make(3)}};
+  }
+  static F zero() { return set1(0); }
+  static F set1(float value) { return each([&](int) { return vdupq_n_f32(value); }); }
+  static F load(const float* p) { return each([&](int i) { return vld1q_f32(p + 4 * i); }); }
+  static void store(float* p, F a) {
+    for (int i = 0; i < 4; i++) vst1q_f32(p + 4 * i, a.part[i]);
+  }
+  static F add(F a, F b) { return each([&](int i) { return vaddq_f32(a.part[i], b.part[i]); }); }
+  static F fma(F a, F b, F c) { return each([&](int i) { return vfmaq_f32(c.part[i], a.part[i], b.part[i]); }); }
+  static float reduce(F a) {
+    return vaddvq_f32(vaddq_f32(vaddq_f32(a.part[0], a.part[1]), vaddq_f32(a.part[2], a.part[3])));
+  }
+
+  // All ones in the lanes whose bit is set: columns 4·part … 4·part + 3.
+  static uint32x4_t mask(const uint8_t* bits, int part) {
+    static constexpr uint32_t kLow[4] = {1, 2, 4, 8}, kHigh[4] = {16, 32, 64, 128};
+    return vtstq_u32(vdupq_n_u32(bits[part / 2]), vld1q_u32(part % 2 ? kHigh : kLow));
+  }
+  static W signs(const uint8_t* bits) { return bits; }
+  template <int Half>
+  static F flip(W signs, F x) {
+    return each([&](int i) {
+      const uint32x4_t sign = vbicq_u32(vdupq_n_u32(0x80000000), mask(signs, 4 * Half + i));
+      return vreinterpretq_f32_u32(veorq_u32(vreinterpretq_u32_f32(x.part[i]), sign));
+    });
+  }
+
+  static I izero() { return {{vdupq_n_s32(0), vdupq_n_s32(0), vdupq_n_s32(0), vdupq_n_s32(0)}}; }
+  static X load8(const int8_t* p) { return {{vld1q_s8(p), vld1q_s8(p + 16), vld1q_s8(p + 32), vld1q_s8(p + 48)}}; }
+  static I iload(const int32_t* p) {
+    return {{vld1q_s32(p), vld1q_s32(p + 4), vld1q_s32(p + 8), vld1q_s32(p + 12)}};
+  }
+  static I sub(I a, I b) {
+    for (int i = 0; i < 4; i++) a.part[i] = vsubq_s32(a.part[i], b.part[i]);
+    return a;
+  }
+  static B bits8(const uint8_t* bits) {
+    static constexpr uint8_t kLane[16] = {1, 2, 4, 8, 16, 32, 64, 128, 1, 2, 4, 8, 16, 32, 64, 128};
+    B out;
+    for (int i = 0; i < 4; i++) {
+      const uint8x16_t bytes = vcombine_u8(vdup_n_u8(bits[2 * i]), vdup_n_u8(bits[2 * i + 1]));
+      out.part[i] = vtstq_u8(bytes, vld1q_u8(kLane));
+    }
+    return out;
+  }
+  static B both(B a, B b) {
+    for (int i = 0; i < 4; i++) a.part[i] = vandq_u8(a.part[i], b.part[i]);
+    return a;
+  }
+  template <int Factor>
+  static I add_bytes(I acc, B bits, X x) {
+    for (int i = 0; i < 4; i++) {
+      const int8x16_t kept = vandq_s8(vreinterpretq_s8_u8(bits.part[i]), x.part[i]);
+#ifdef BELLBIT_DOT
+      acc.part[i] = vdotq_s32(acc.part[i], kept, vdupq_n_s8(Factor));
+#else
+      acc.part[i] = vpadalq_s16(acc.part[i], vmulq_n_s16(vpaddlq_s8(kept), Factor));
+#endif
+    }
+    return acc;
+  }
+  static I add_shifted(I sum, I acc, int shift) {
+    for (int i = 0; i < 4; i++)
+      sum.part[i] = vaddq_s32(sum.part[i], vshlq_s32(acc.part[i], vdupq_n_s32(shift)));
+    return sum;
+  }
+  static F to_float(I a) { return each([&](int i) { return vcvtq_f32_s32(a.part[i]); }); }
+
+  static float32x4_t four_halves(const uint16_t* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
+  static float32x4_t half(uint16_t h) { return vcvt_f32_f16(vreinterpret_f16_u16(vdup_n_u16(h))); }
+  static F set1_half(const uint8_t* p) {
+    const float32x4_t all = half(static_cast<uint16_t>(p[0] | p[1] << 8));
+    return {{all, all, all, all}};
+  }
+  static void halves(const uint16_t* p, float* out, int64_t count) {
+    int64_t i = 0;
+    for (; i + 4 <= count; i += 4) vst1q_f32(out + i, four_halves(p + i));
+    for (; i < count; i++) out[i] = vgetq_lane_f32(half(p[i]), 0);
+  }
+  static F from_half(const uint16_t* p) { return each([&](int i) { return four_halves(p + 4 * i); }); }
+  static F from_bfloat(const uint16_t* p) {
+    return each([&](int i) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p + 4 * i), 16)); });
+  }
+
+  static T table(const float* s) {
+    const float entries[8] = {s[0] - s[1],        s[0] + s[1],        s[2] - s[3],        s[2] + s[3],
+                              s[4] - s[5] - s[6], s[4] + s[5] - s[6], s[4] - s[5] + s[6], s[4] + s[5] + s[6]};
+    return {{{vreinterpretq_u8_f32(vld1q_f32(entries)), vreinterpretq_u8_f32(vld1q_f32(entries + 4))}}};
+  }
+  static C columns(const uint8_t* salient) {
+    C out;
+    for (int i = 0; i < 8; i++) out.part[i] = vandq_u32(mask(salient, i), vdupq_n_u32(4));
+    return out;
+  }
+  static void lookup(T t, const C& columns, const uint8_t* second, const uint8_t* signs, F (&out)[2]) {
+    for (int i = 0; i < 8; i++) {
+      const uint32x4_t two = vandq_u32(mask(second, i), vdupq_n_u32(2));
+      const uint32x4_t index = vsubq_u32(vorrq_u32(columns.part[i], two), mask(signs, i));
+      // four byte positions per entry: 4·index + 0 … 3
+      const uint32x4_t bytes = vaddq_u32(vmulq_n_u32(index, 0x04040404), vdupq_n_u32(0x03020100));
+      out[i / 4].part[i % 4] = vreinterpretq_f32_u8(vqtbl2q_u8(t.bytes, vreinterpretq_u8_u32(bytes)));
+    }
+  }
+};
+
+}  // namespace
+
+#ifdef BELLBIT_DOT
+const Kernels neondot = Body<Neon>::kernels("neondot");
+#else
+const Kernels neon = Body<Neon>::kernels("neon");
+#endif
+
+}  // namespace bellbit

@@ -1,0 +1,12 @@
+// Threads for the kernels: torch's own OpenMP team where it is loaded, else threads of ours.
+#pragma once
+
+#include <cstdint>
+
+namespace bellbit {
+
+// Calls work(context, first, last) on pieces of 0 … count, at least `grain` long, from up to `threads` threads.
+void parallel_for(int64_t count, int64_t grain, int threads, void (*work)(const void* context, int64_t first, int64_t last),
+                  const void* context);
+
+}  // namespace bellbit

@@ -1,0 +1,36 @@
+"""The blockwise Hadamard transform of BBQ (arXiv 2603.01599)."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+BLOCK = 128
+
+
+def block_sizes(width: int) -> list[int]:
+    """Blocks of 128, then of the powers of two that the rest is made of, largest first: 576 = 4·128 + 64."""
+    return [BLOCK] * (width // BLOCK) + [size for size in (64, 32, 16, 8, 4, 2, 1) if width % BLOCK & size]
+
+
+@cache
+def sylvester(size: int) -> Tensor:
+    """The normalized Sylvester-Hadamard matrix, orthogonal and symmetric: float32 (size, size)."""
+    matrix = torch.ones(1, 1)
+    while len(matrix) < size:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    return matrix / size**0.5
+
+
+def hadamard(x: Tensor) -> Tensor:
+    """x·H with H block-diagonal over the last dimension, any width: (..., width), in x's dtype."""
+    whole = x.shape[-1] // BLOCK * BLOCK
+    matrix = sylvester(BLOCK).to(x)
+    parts = [(x[..., :whole].unflatten(-1, (-1, BLOCK)) @ matrix).flatten(-2)] if whole else []
+    start = whole
+    for size in block_sizes(x.shape[-1] - whole):
+        parts.append(x[..., start : start + size] @ sylvester(size).to(x))
+        start += size
+    return torch.cat(parts, dim=-1)

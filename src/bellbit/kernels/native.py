@@ -1,0 +1,229 @@
+"""The compiled kernels as `torch.library` operators, so that `torch.compile` and `torch.export` see them.
+
+Each operator takes the stored tensors of a layout as they lie in the file. Many rows of input go through dense
+panels of unpacked weights instead, since a product of matrices is torch's own best work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bellbit.core.activations import Scope, quantize_activations
+from bellbit.packed.codebook2 import Codebook2
+from bellbit.packed.planes import SIGN_BLOCK, Bellbox, Sign128, Uniform
+from bellbit.packed.tensor import PackedTensor
+
+try:
+    from bellbit import _kernels
+except ImportError:  # built without a compiler
+    _kernels = None  # type: ignore[assignment]
+
+FEW_TOKENS = 16  # up to here the packed kernels beat a product with unpacked panels
+PANEL_BYTES = 1 << 23  # of unpacked weights at a time: they stay in the cache between unpacking and product
+_SIGN128, _GROUPS, _ROWS = range(3)  # Grid in csrc/kernels.h
+
+
+def available() -> list[str]:
+    """Instruction sets that this build has and this machine runs, best first; empty without the compiled kernels."""
+    return [] if _kernels is None else list(_kernels.available())
+
+
+def chosen() -> str | None:
+    """The instruction set in use."""
+    return None if _kernels is None else str(_kernels.chosen())
+
+
+def choose(name: str) -> None:
+    """Use another instruction set, for tests and benchmarks. Raises ValueError if it is not available."""
+    if _kernels is None or not _kernels.choose(name):
+        raise ValueError(f"there are no {name!r} kernels here; there are {available()}")
+
+
+def supports(weight: PackedTensor) -> bool:
+    """Whether the compiled kernels can run a weight."""
+    if _kernels is None or not all(t.device.type == "cpu" and t.is_contiguous() for t in weight.tensors.values()):
+        return False
+    if isinstance(weight, Codebook2):
+        return weight.block_size % 32 == 0
+    return not isinstance(weight, Uniform) or weight.group_size == SIGN_BLOCK
+
+
+def linear(x: Tensor, weight: PackedTensor, bias: Tensor | None, act_bits: int = 16, scope: Scope = "token") -> Tensor:
+    """What `reference.linear` computes, for weights that `supports` is true of."""
+    arguments = _ARGUMENTS[type(weight)](weight)
+    return getattr(torch.ops.bellbit, weight.layout)(x, *arguments, bias, act_bits, scope == "tensor")
+
+
+_ARGUMENTS: dict[type[PackedTensor], Callable[[Any], tuple[Any, ...]]] = {
+    Codebook2: lambda w: (w.signs, w.second, w.salient, w.scales, w.exponents, w.shape[1], w.block_size),
+    Sign128: lambda w: (w.blocks, w.shape[1]),
+    Bellbox: lambda w: (w.codes, w.scales, w.shape[1]),
+    Uniform: lambda w: (w.codes, w.scales, w.zeros, w.shape[1]),
+}
+
+
+# --- weights as the compiled kernels take them; shapes are checked here, addresses are all that goes further ----
+
+
+def _require(tensor: Tensor, dtype: torch.dtype, *shape: int) -> int:
+    """The address of a tensor. Raises ValueError if it is not what a kernel will read."""
+    if tensor.dtype != dtype or tuple(tensor.shape) != shape or not tensor.is_contiguous():
+        raise ValueError(f"expected a contiguous {dtype} {shape}, not {tensor.dtype} {tuple(tensor.shape)}")
+    return tensor.data_ptr()
+
+
+def _codebook2(
+    signs: Tensor, second: Tensor, salient: Tensor, scales: Tensor, exponents: Tensor | None, columns: int, block: int
+) -> Any:
+    rows, width, blocks = len(signs), -(-columns // 8), -(-columns // block)
+    if block % 32:
+        raise ValueError(f"blocks of {block} columns are not possible; multiples of 32 are")
+    return _kernels.Codebook(
+        signs=_require(signs, torch.uint8, rows, width),
+        second=_require(second, torch.uint8, rows, width),
+        salient=_require(salient, torch.uint8, width),
+        rows=rows,
+        columns=columns,
+        block_size=block,
+        scales=_require(scales, torch.float16 if exponents is None else torch.int8, rows, blocks, 7),
+        exponents=0 if exponents is None else _require(exponents, torch.uint8, rows, blocks),
+    )
+
+
+def _planes(codes: Tensor, columns: int, grid: int, scales: int, zeros: int = 0, zero: float = 0) -> Any:
+    width, rows, row_bytes = codes.shape[0], codes.shape[1], -(-columns // 8)
+    if not 1 <= width <= 8:
+        raise ValueError(f"codes of {width} bits are not possible; 1 to 8 are")
+    return _kernels.Planes(
+        bits=_require(codes, torch.uint8, width, rows, row_bytes),
+        planes=width,
+        rows=rows,
+        columns=columns,
+        plane_stride=rows * row_bytes,
+        row_stride=row_bytes,
+        block_stride=SIGN_BLOCK // 8,
+        grid=grid,
+        scales=scales,
+        zeros=zeros,
+        zero=zero,
+    )
+
+
+def _sign128(blocks: Tensor, columns: int) -> Any:
+    rows, row_bytes = len(blocks), 2 * -(-columns // SIGN_BLOCK) + -(-columns // 8)
+    return _kernels.Planes(
+        bits=_require(blocks, torch.uint8, rows, row_bytes) + 2,
+        planes=1,
+        rows=rows,
+        columns=columns,
+        plane_stride=0,
+        row_stride=row_bytes,
+        block_stride=2 + SIGN_BLOCK // 8,
+        grid=_SIGN128,
+        scales=0,
+        zeros=0,
+        zero=0,
+    )
+
+
+def _uniform(codes: Tensor, scales: Tensor, zeros: Tensor, columns: int) -> Any:
+    groups = (codes.shape[1], -(-columns // SIGN_BLOCK))
+    scale, zero = _require(scales, torch.float16, *groups), _require(zeros, torch.uint8, *groups)
+    return _planes(codes, columns, _GROUPS, scale, zero)
+
+
+def _bellbox(codes: Tensor, scales: Tensor, columns: int) -> Any:
+    scale = _require(scales, torch.float32, codes.shape[1])
+    return _planes(codes, columns, _ROWS, scale, zero=Bellbox.zero_point(codes.shape[0]))
+
+
+# --- operators ---------------------------------------------------------------------------------------------------
+
+
+def _multiply(weight: Any, x: Tensor, rows: int, columns: int, bias: Tensor | None, act_bits: int, shared: bool) -> Tensor:
+    """x: (..., columns), any float dtype."""
+    if x.shape[-1] != columns:
+        raise ValueError(f"the input has {x.shape[-1]} columns, the weight {columns}")
+    tokens = x.numel() // columns
+    offset = None if bias is None else bias.float().contiguous()
+    if tokens > FEW_TOKENS:
+        rounded = quantize_activations(x, act_bits, "tensor" if shared else "token").float()
+        return _by_panels(weight, rounded.reshape(tokens, columns), rows, offset).to(x.dtype).view(*x.shape[:-1], rows)
+    values = x.float().contiguous()
+    y = torch.empty(*x.shape[:-1], rows)
+    weight.multiply(
+        values.data_ptr(),
+        tokens,
+        0 if act_bits == 16 else 2 ** (act_bits - 1) - 1,
+        shared,
+        0 if offset is None else offset.data_ptr(),
+        y.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return y if x.dtype == torch.float32 else y.to(x.dtype)
+
+
+def _by_panels(weight: Any, x: Tensor, rows: int, bias: Tensor | None) -> Tensor:
+    """x: float32 (tokens, columns)."""
+    tokens, columns = x.shape
+    step = max(1, min(rows, PANEL_BYTES // (4 * columns)))
+    panel, y = torch.empty(step, columns), torch.empty(tokens, rows)
+    for first in range(0, rows, step):
+        last = min(first + step, rows)
+        weight.unpack(panel.data_ptr(), first, last, torch.get_num_threads())
+        torch.mm(x, panel[: last - first].t(), out=y[:, first:last])
+    return y if bias is None else y.add_(bias)
+
+
+def _define(name: str, arguments: str, build: Callable[..., Any], rotates: bool = False) -> None:
+    """Register an operator that multiplies by a weight.
+
+    arguments: its stored tensors, `columns`, and options behind. build: makes of them what the kernels take.
+    """
+    _LIBRARY.define(f"{name}(Tensor x, {arguments}, Tensor? bias, int act_bits, bool shared_step) -> Tensor")
+    names = [argument.split()[1] for argument in arguments.split(", ")]
+    at_columns = names.index("columns")
+    rows_axis = 1 if names[0] == "codes" else 0
+
+    def run(x: Tensor, *stored: Any) -> Tensor:
+        *weight, bias, act_bits, shared = stored
+        if rotates:
+            x = rotate(x)
+        rows = weight[0].shape[rows_axis]
+        return _multiply(build(*weight), x, rows, weight[at_columns], bias, act_bits, shared)
+
+    def fake(x: Tensor, *stored: Any) -> Tensor:
+        return x.new_empty(*x.shape[:-1], stored[0].shape[rows_axis])
+
+    _LIBRARY.impl(name, run, "CPU")
+    torch.library.register_fake(f"bellbit::{name}", fake, lib=_LIBRARY)
+
+
+def rotate(x: Tensor) -> Tensor:
+    """x·H with the blockwise Hadamard matrix of `core.hadamard`: (..., width), in x's dtype."""
+    return torch.ops.bellbit.hadamard(x)
+
+
+def _rotate(x: Tensor) -> Tensor:
+    rotated = x.to(torch.float32, copy=True).contiguous()
+    _kernels.hadamard(rotated.data_ptr(), rotated.numel() // rotated.shape[-1], rotated.shape[-1])
+    return rotated.to(x.dtype)
+
+
+if _kernels is not None:
+    _LIBRARY = torch.library.Library("bellbit", "DEF")
+    _LIBRARY.define("hadamard(Tensor x) -> Tensor")
+    _LIBRARY.impl("hadamard", _rotate, "CPU")
+    torch.library.register_fake("bellbit::hadamard", torch.empty_like, lib=_LIBRARY)
+    _define(
+        "codebook2",
+        "Tensor signs, Tensor second, Tensor salient, Tensor scales, Tensor? exponents, int columns, int block_size",
+        _codebook2,
+    )
+    _define("sign128", "Tensor blocks, int columns", _sign128)
+    _define("uniform", "Tensor codes, Tensor scales, Tensor zeros, int columns", _uniform)
+    _define("bellbox", "Tensor codes, Tensor scales, int columns", _bellbox, rotates=True)

@@ -1,0 +1,175 @@
+"""The layouts of bit planes on a grid, `uniform`, `sign128` and `bellbox`; docs/format.md has them byte for byte."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from bellbit.core.hadamard import hadamard
+from bellbit.core.uniform import UniformGroup
+from bellbit.packed.bits import pack_bits, packed_width, unpack_bits
+from bellbit.packed.tensor import PackedTensor, TensorSpec
+
+
+def pack_codes(codes: Tensor, width: int) -> Tensor:
+    """uint8 (out, in) codes of `width` bits as bit planes, lowest first: uint8 (width, out, ⌈in/8⌉)."""
+    return torch.stack([pack_bits((codes >> bit & 1).bool()) for bit in range(width)])
+
+
+def unpack_codes(planes: Tensor, columns: int) -> Tensor:
+    """The inverse of `pack_codes`, as float32 (out, in)."""
+    bits = unpack_bits(planes, columns)
+    return sum((plane.float() * 2**bit for bit, plane in enumerate(bits)), torch.zeros(()))
+
+
+@dataclass(frozen=True, eq=False)
+class Uniform(PackedTensor):
+    """Codes of `width` bits on a uniform grid per row and group of columns: GPTQ and RTN results.
+
+    codes: uint8 (width, out, ⌈in/8⌉), one bit plane per bit of the code, lowest first.
+    scales: float16 (out, groups). zeros: uint8 (out, groups). w = scale·(code − zero).
+    """
+
+    layout: ClassVar[str] = "uniform"
+    option_names: ClassVar[tuple[str, ...]] = ("width", "group_size")
+    width: int
+    group_size: int
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor
+
+    @classmethod
+    def spec(cls, shape: tuple[int, int], options: Mapping[str, Any]) -> dict[str, TensorSpec]:
+        rows, columns = shape
+        groups = -(-columns // options["group_size"])
+        return {
+            "codes": TensorSpec((options["width"], rows, packed_width(columns)), torch.uint8, "codes"),
+            "scales": TensorSpec((rows, groups), torch.float16, "scales"),
+            "zeros": TensorSpec((rows, groups), torch.uint8, "scales"),
+        }
+
+    @classmethod
+    def pack(cls, groups: list[UniformGroup], width: int, group_size: int) -> Uniform:
+        """From the groups of one weight, left to right."""
+        codes = torch.cat([group.codes for group in groups], dim=1)
+        return cls(
+            shape=(codes.shape[0], codes.shape[1]),
+            width=width,
+            group_size=group_size,
+            codes=pack_codes(codes, width),
+            scales=torch.cat([group.scale for group in groups], dim=1).half(),
+            zeros=torch.cat([group.zero for group in groups], dim=1),
+        )
+
+    def dequantize(self) -> Tensor:
+        columns = self.shape[1]
+        codes = unpack_codes(self.codes, columns)
+        group = torch.arange(columns, device=codes.device) // self.group_size
+        return self.scales.float()[:, group] * (codes - self.zeros.float()[:, group])
+
+    @property
+    def nominal_bits(self) -> float:
+        return float(self.width)
+
+
+SIGN_BLOCK = 128
+_SCALE_BYTES = 2
+
+
+@dataclass(frozen=True, eq=False)
+class Sign128(PackedTensor):
+    """One sign per weight and one float16 scale per row and 128 columns: w = ±d, the bytes of llama.cpp's Q1_0.
+
+    blocks: uint8 (out, bytes of a row), per block d and then its bits, 1 for +d. A last block shorter than 128 has
+    fewer bytes of bits; then the row is no Q1_0 row.
+    """
+
+    layout: ClassVar[str] = "sign128"
+    option_names: ClassVar[tuple[str, ...]] = ()
+    blocks: Tensor
+
+    @classmethod
+    def spec(cls, shape: tuple[int, int], options: Mapping[str, Any]) -> dict[str, TensorSpec]:
+        rows, columns = shape
+        row_bytes = _SCALE_BYTES * -(-columns // SIGN_BLOCK) + packed_width(columns)
+        return {"blocks": TensorSpec((rows, row_bytes), torch.uint8, "signs")}
+
+    @property
+    def bits(self) -> dict[str, float]:
+        columns = self.shape[1]
+        scales = 8 * _SCALE_BYTES * -(-columns // SIGN_BLOCK)
+        return {"signs": (8 * self.blocks.shape[1] - scales) / columns, "scales": scales / columns}
+
+    @classmethod
+    def pack(cls, signs: Tensor, scales: Tensor) -> Sign128:
+        """signs: bool (out, in), True for +. scales: float (out, ⌈in/128⌉), rounded to float16 here."""
+        parts = []
+        for block, bits in enumerate(signs.split(SIGN_BLOCK, dim=1)):
+            parts += [scales[:, block, None].half().contiguous().view(torch.uint8), pack_bits(bits)]
+        return cls(shape=(signs.shape[0], signs.shape[1]), blocks=torch.cat(parts, dim=1))
+
+    def dequantize(self) -> Tensor:
+        weights = []
+        start = 0
+        for first in range(0, self.shape[1], SIGN_BLOCK):
+            columns = min(SIGN_BLOCK, self.shape[1] - first)
+            bits = start + _SCALE_BYTES
+            stop = bits + packed_width(columns)
+            scale = self.blocks[:, start:bits].contiguous().view(torch.float16).float()
+            weights.append(torch.where(unpack_bits(self.blocks[:, bits:stop], columns), scale, -scale))
+            start = stop
+        return torch.cat(weights, dim=1)
+
+    @property
+    def nominal_bits(self) -> float:
+        return 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class Bellbox(PackedTensor):
+    """Codes of maximal entropy with one scale per row, for rotated input: BBQ (arXiv 2603.01599).
+
+    codes: uint8 (width, out, ⌈in/8⌉), one bit plane per bit of the code, lowest first.
+    scales: float32 (out,): γ / 2^(b−1) of the paper. y = (x·H)·(scale·(code − zero))ᵀ, H blockwise Hadamard.
+    """
+
+    layout: ClassVar[str] = "bellbox"
+    option_names: ClassVar[tuple[str, ...]] = ("width",)
+    width: int
+    codes: Tensor
+    scales: Tensor
+
+    @staticmethod
+    def zero_point(width: int) -> float:
+        """What is subtracted from a code: levels lie at ±½, ±3/2, … for 1 and 2 bits, at integers for 3 and 4."""
+        return 2 ** (width - 1) - (0.5 if width <= 2 else 0)
+
+    @classmethod
+    def spec(cls, shape: tuple[int, int], options: Mapping[str, Any]) -> dict[str, TensorSpec]:
+        rows, columns = shape
+        return {
+            "codes": TensorSpec((options["width"], rows, packed_width(columns)), torch.uint8, "codes"),
+            "scales": TensorSpec((rows,), torch.float32, "scales"),
+        }
+
+    @classmethod
+    def pack(cls, codes: Tensor, scales: Tensor, width: int) -> Bellbox:
+        """codes: uint8 (out, in), 0 … 2^width − 1. scales: float32 (out,)."""
+        shape = (codes.shape[0], codes.shape[1])
+        return cls(shape=shape, width=width, codes=pack_codes(codes, width), scales=scales.float())
+
+    def rotated(self) -> Tensor:
+        """The weights that meet the rotated input: float32 (out, in)."""
+        codes = unpack_codes(self.codes, self.shape[1])
+        return self.scales[:, None] * (codes - self.zero_point(self.width))
+
+    def dequantize(self) -> Tensor:
+        return hadamard(self.rotated())  # H is symmetric: (x·H)·Ŵᵀ = x·(Ŵ·H)ᵀ
+
+    @property
+    def nominal_bits(self) -> float:
+        return float(self.width)
