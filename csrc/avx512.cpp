@@ -50,14 +50,14 @@ struct Avx512 {
     std::memcpy(&word, bits, 8);
     return _cvtu64_mask64(word);
   }
-  static B both(B a, B b) { return _kand_mask64(a, b); }
+  static X keep(B bits, X x) { return _mm512_maskz_mov_epi8(bits, x); }
   template <int Factor>
-  static I add_bytes(I acc, B bits, X x) {
-    const __m512i kept = _mm512_maskz_mov_epi8(bits, x), factor = _mm512_set1_epi8(Factor);
+  static I add_bytes(I acc, X x) {
+    const __m512i factor = _mm512_set1_epi8(Factor);
 #ifdef BELLBIT_VNNI
-    return _mm512_dpbusd_epi32(acc, factor, kept);
+    return _mm512_dpbusd_epi32(acc, factor, x);
 #else
-    return _mm512_add_epi32(acc, _mm512_madd_epi16(_mm512_maddubs_epi16(factor, kept), _mm512_set1_epi16(1)));
+    return _mm512_add_epi32(acc, _mm512_madd_epi16(_mm512_maddubs_epi16(factor, x), _mm512_set1_epi16(1)));
 #endif
   }
   static I add_shifted(I sum, I acc, int shift) {

@@ -107,7 +107,7 @@ struct Body {
       const typename S::X values = S::load8(x + c);
       for (int r = 0; r < R; r++)
         for (int p = 0; p < P; p++)
-          acc[r][p] = S::template add_bytes<2>(acc[r][p], S::bits8(bits.at[r][p] + offset + c / 8), values);
+          acc[r][p] = S::template add_bytes<2>(acc[r][p], S::keep(S::bits8(bits.at[r][p] + offset + c / 8), values));
     }
   }
 
@@ -330,11 +330,12 @@ struct Body {
         for (int64_t c = 0; c < kBlock; c += 64) {
           const typename S::B s = S::bits8(ones + r * stride + c / 8), t = S::bits8(twos + r * stride + c / 8);
           const typename S::X xs = S::load8(ordinary + c), salient_xs = S::load8(salient + c);
-          signed_sum = S::template add_bytes<2>(signed_sum, s, xs);
-          sparse = S::template add_bytes<1>(sparse, t, xs);
-          sparse_positive = S::template add_bytes<2>(sparse_positive, S::both(s, t), xs);
-          first = S::template add_bytes<2>(first, s, salient_xs);
-          second_sum = S::template add_bytes<2>(second_sum, t, salient_xs);
+          const typename S::X positive = S::keep(s, xs);
+          signed_sum = S::template add_bytes<2>(signed_sum, positive);
+          sparse = S::template add_bytes<1>(sparse, S::keep(t, xs));
+          sparse_positive = S::template add_bytes<2>(sparse_positive, S::keep(t, positive));
+          first = S::template add_bytes<2>(first, S::keep(s, salient_xs));
+          second_sum = S::template add_bytes<2>(second_sum, S::keep(t, salient_xs));
         }
         const I sparse_signed = S::sub(sparse_positive, sparse);
         const float* a = scales + r * row_stride + b * kScales;

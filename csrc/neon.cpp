@@ -63,18 +63,17 @@ struct Neon {
     }
     return out;
   }
-  static B both(B a, B b) {
-    for (int i = 0; i < 4; i++) a.part[i] = vandq_u8(a.part[i], b.part[i]);
-    return a;
+  static X keep(B bits, X x) {
+    for (int i = 0; i < 4; i++) x.part[i] = vandq_s8(vreinterpretq_s8_u8(bits.part[i]), x.part[i]);
+    return x;
   }
   template <int Factor>
-  static I add_bytes(I acc, B bits, X x) {
+  static I add_bytes(I acc, X x) {
     for (int i = 0; i < 4; i++) {
-      const int8x16_t kept = vandq_s8(vreinterpretq_s8_u8(bits.part[i]), x.part[i]);
 #ifdef BELLBIT_DOT
-      acc.part[i] = vdotq_s32(acc.part[i], kept, vdupq_n_s8(Factor));
+      acc.part[i] = vdotq_s32(acc.part[i], x.part[i], vdupq_n_s8(Factor));
 #else
-      acc.part[i] = vpadalq_s16(acc.part[i], vmulq_n_s16(vpaddlq_s8(kept), Factor));
+      acc.part[i] = vpadalq_s16(acc.part[i], vmulq_n_s16(vpaddlq_s8(x.part[i]), Factor));
 #endif
     }
     return acc;

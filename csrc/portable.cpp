@@ -70,10 +70,13 @@ struct Portable {
     for (int i = 0; i < 8; i++) word |= static_cast<B>(bits[i]) << (8 * i);
     return word;
   }
-  static B both(B a, B b) { return a & b; }
+  static X keep(B bits, X x) {
+    for (int i = 0; i < 64; i++) x.lane[i] = bits >> i & 1 ? x.lane[i] : int8_t{0};
+    return x;
+  }
   template <int Factor>
-  static I add_bytes(I acc, B bits, const X& x) {
-    for (int i = 0; i < 64; i++) acc.lane[i % kLanes] += bits >> i & 1 ? Factor * x.lane[i] : 0;
+  static I add_bytes(I acc, const X& x) {
+    for (int i = 0; i < 64; i++) acc.lane[i % kLanes] += Factor * x.lane[i];
     return acc;
   }
   static I add_shifted(I sum, const I& acc, int shift) {

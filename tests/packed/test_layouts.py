@@ -9,14 +9,9 @@ from bellbit.core.braq import braq
 from bellbit.core.uniform import UniformGroup, quantize_uniform
 from bellbit.errors import BellbitError
 from bellbit.packed.bits import pack_bits, packed_width, unpack_bits
-from bellbit.packed.layouts import (
-    LAYOUTS,
-    Codebook2,
-    Uniform,
-    from_shared_exponent,
-    round_scales,
-    shared_exponent,
-)
+from bellbit.packed.codebook2 import Codebook2, from_shared_exponent, round_scales, shared_exponent
+from bellbit.packed.layouts import LAYOUTS
+from bellbit.packed.planes import Bellbox, Sign128, Uniform
 
 
 def weight_of(rows=24, columns=320, seed=0):
@@ -141,3 +136,53 @@ def test_golden_bytes_of_uniform():
     packed = Uniform.pack([group], width=3, group_size=128)
     assert packed.codes.tolist() == [[[0b10101010, 1]], [[0b11001100, 1]], [[0b11110000, 1]]]
     assert packed.dequantize().tolist() == [[-1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0, 2.0]]
+
+
+def test_sign128_is_q1_0_byte_for_byte():
+    """Per 128 columns a little-endian float16 d, then 16 bytes of bits, least significant first, 1 for +d."""
+    signs = torch.zeros(1, 256, dtype=torch.bool)
+    signs[0, [0, 9, 128 + 127]] = True
+    weight = Sign128.pack(signs, torch.tensor([[1.0, 0.5]]))
+    expected = bytes([0x00, 0x3C, 0x01, 0x02] + [0] * 14 + [0x00, 0x38] + [0] * 15 + [0x80])
+    assert bytes(weight.blocks[0].tolist()) == expected
+    assert weight.bits == {"signs": 1.0, "scales": 0.125} and weight.bits_per_weight == 1.125
+    assert torch.equal(
+        weight.dequantize(), torch.where(signs, 1.0, -1.0) * torch.tensor([1.0, 0.5]).repeat_interleave(128)
+    )
+
+
+def test_sign128_with_a_short_block():
+    dense = weight_of(3, 200)
+    weight = quantize_weight(dense, None, "sign")
+    assert weight.blocks.shape == (3, 18 + 2 + 9)
+    assert weight.bits_per_weight == pytest.approx(8 * 29 / 200)
+    scale = dense[:, 128:].abs().mean(dim=1, keepdim=True).half().float()
+    assert torch.equal(weight.dequantize()[:, 128:], torch.where(dense[:, 128:] >= 0, scale, -scale))
+
+
+def test_the_sign_methods_scale_is_the_best_one():
+    """Given the signs, mean |w| has the least squared error: moving it either way is worse."""
+    dense = weight_of(4, 128)
+    quantized = quantize_weight(dense, None, "sign").dequantize()
+    error = (dense - quantized).square().sum(dim=1)
+    for factor in (0.99, 1.01):
+        assert bool(((dense - factor * quantized).square().sum(dim=1) > error).all())
+
+
+@pytest.mark.parametrize(("width", "levels"), [(1, [-0.5, 0.5]), (2, [-1.5, -0.5, 0.5, 1.5]), (3, [-4.0, 3.0])])
+def test_bellbox_levels(width, levels):
+    codes = torch.tensor([[0, 2**width - 1]]) if width == 3 else torch.arange(2**width)[None]
+    weight = Bellbox.pack(codes.to(torch.uint8), torch.tensor([2.0]), width)
+    assert (weight.rotated() / 2).tolist() == [levels]
+
+
+def test_bellbox_meets_rotated_input():
+    """(x·H)·Ŵᵀ equals x times what `dequantize` gives, in any width."""
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 4, (5, 200), dtype=torch.uint8, generator=generator)
+    weight = Bellbox.pack(codes, torch.rand(5, generator=generator), 2)
+    x = torch.randn(3, 200, generator=generator)
+    from bellbit.kernels import reference
+
+    assert torch.allclose(reference.linear(x, weight, None), x @ weight.dequantize().t(), atol=1e-4)
+    assert weight.bits_per_weight == 2 + 32 / 200

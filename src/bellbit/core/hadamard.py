@@ -17,8 +17,8 @@ def block_sizes(width: int) -> list[int]:
 
 @cache
 def sylvester(size: int) -> Tensor:
-    """The normalized Sylvester-Hadamard matrix, orthogonal and symmetric: float32 (size, size)."""
-    matrix = torch.ones(1, 1)
+    """The normalized Sylvester-Hadamard matrix, orthogonal and symmetric: float64 (size, size)."""
+    matrix = torch.ones(1, 1, dtype=torch.float64)
     while len(matrix) < size:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
     return matrix / size**0.5

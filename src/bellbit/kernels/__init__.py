@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from bellbit.core.activations import Scope
@@ -10,6 +11,10 @@ from bellbit.packed.tensor import PackedTensor
 
 
 def linear(x: Tensor, weight: PackedTensor, bias: Tensor | None, act_bits: int = 16, scope: Scope = "token") -> Tensor:
-    """x̂·Ŵᵀ + bias, x̂ = x rounded to `act_bits`. x: (..., in), float. Returns (..., out) in x's dtype."""
-    fits = x.device.type == "cpu" and native.supports(weight)
+    """x̂·Ŵᵀ + bias, x̂ = x rounded to `act_bits`. x: (..., in), float. Returns (..., out) in x's dtype.
+
+    Where a gradient is wanted (call models under `torch.no_grad()` if not), the reference serves: it has one.
+    """
+    wants_gradient = x.requires_grad and torch.is_grad_enabled()
+    fits = x.device.type == "cpu" and not wants_gradient and native.supports(weight)
     return (native if fits else reference).linear(x, weight, bias, act_bits, scope)

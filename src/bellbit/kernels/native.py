@@ -7,6 +7,7 @@ panels of unpacked weights instead, since a product of matrices is torch's own b
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -18,9 +19,9 @@ from bellbit.packed.planes import SIGN_BLOCK, Bellbox, Sign128, Uniform
 from bellbit.packed.tensor import PackedTensor
 
 try:
-    from bellbit import _kernels
+    _kernels: Any = import_module("bellbit._kernels")
 except ImportError:  # built without a compiler
-    _kernels = None  # type: ignore[assignment]
+    _kernels = None
 
 FEW_TOKENS = 16  # up to here the packed kernels beat a product with unpacked panels
 PANEL_BYTES = 1 << 23  # of unpacked weights at a time: they stay in the cache between unpacking and product
@@ -143,8 +144,12 @@ def _bellbox(codes: Tensor, scales: Tensor, columns: int) -> Any:
 
 # --- operators ---------------------------------------------------------------------------------------------------
 
+_LIBRARY = torch.library.Library("bellbit", "DEF")
 
-def _multiply(weight: Any, x: Tensor, rows: int, columns: int, bias: Tensor | None, act_bits: int, shared: bool) -> Tensor:
+
+def _multiply(
+    weight: Any, x: Tensor, rows: int, columns: int, bias: Tensor | None, act_bits: int, shared: bool
+) -> Tensor:
     """x: (..., columns), any float dtype."""
     if x.shape[-1] != columns:
         raise ValueError(f"the input has {x.shape[-1]} columns, the weight {columns}")
@@ -215,7 +220,6 @@ def _rotate(x: Tensor) -> Tensor:
 
 
 if _kernels is not None:
-    _LIBRARY = torch.library.Library("bellbit", "DEF")
     _LIBRARY.define("hadamard(Tensor x) -> Tensor")
     _LIBRARY.impl("hadamard", _rotate, "CPU")
     torch.library.register_fake("bellbit::hadamard", torch.empty_like, lib=_LIBRARY)

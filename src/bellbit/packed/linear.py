@@ -61,8 +61,7 @@ class PackedLinear(nn.Module):
         return LAYOUTS[self.layout].build(shape, self.options, {name: getattr(self, name) for name in self._stored})
 
     def forward(self, x: Tensor) -> Tensor:
-        x = quantize_activations(x, self.act_bits, self.act_scope)
-        y = kernels.linear(x, self.packed, self.bias)
+        y = kernels.linear(x, self.packed, self.bias, self.act_bits, self.act_scope)
         return quantize_activations(y, self.act_bits, self.act_scope) if self.round_output else y
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

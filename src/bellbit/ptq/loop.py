@@ -16,8 +16,8 @@ from bellbit.core.hessian import InverseFactor, inverse_factor
 from bellbit.core.ltdb import SMALLEST_SCALE, learn_column_scales
 from bellbit.errors import BellbitError
 from bellbit.memory import release_memory
-from bellbit.packed.tensor import PackedTensor
 from bellbit.packed.linear import PackedLinear
+from bellbit.packed.tensor import PackedTensor
 from bellbit.ptq.collect import group_hessians, input_maxima
 from bellbit.ptq.families import Family, InputGroup, fold_column_scales
 from bellbit.ptq.methods import METHODS, Settings

@@ -16,9 +16,9 @@ from bellbit.data import calibration_windows, load_corpus
 from bellbit.errors import BellbitError
 from bellbit.loading import check_length, load_config, load_model, load_tokenizer, locate, quantized_by, resolve_device
 from bellbit.memory import release_memory
-from bellbit.packed.tensor import PackedTensor
 from bellbit.packed.linear import packed_linears
 from bellbit.packed.save import check_output, quantization_config, round_unquantized, save_checkpoint
+from bellbit.packed.tensor import PackedTensor
 from bellbit.ptq.families import Family, check_foldable, family_of
 from bellbit.ptq.loop import Observer, Progress, quantize_model
 from bellbit.ptq.methods import METHODS, Settings

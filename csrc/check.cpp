@@ -1,0 +1,231 @@
+// Checks every instruction set against plain loops on ragged shapes; scripts/check-kernels.sh builds it with
+// sanitizers, and for Arm under an emulator. Buffers have their exact size, so that reading past an end is seen.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <random>
+#include <type_traits>
+#include <vector>
+
+#include "kernels.h"
+
+using namespace bellbit;
+
+namespace {
+
+std::mt19937 rng(7);
+int failures = 0, checks = 0;
+
+float uniform() { return std::uniform_real_distribution<float>(-1, 1)(rng); }
+uint8_t byte() { return static_cast<uint8_t>(rng()); }
+bool bit(const uint8_t* bits, int64_t i) { return bits[i / 8] >> (i % 8) & 1; }
+
+// A float16 in 1/64 … 4, and its value.
+uint16_t random_half(double* value) {
+  const uint32_t exponent = 9 + rng() % 8, mantissa = rng() % 1024;
+  *value = std::ldexp(1 + mantissa / 1024.0, static_cast<int>(exponent) - 15);
+  return static_cast<uint16_t>(exponent << 10 | mantissa);
+}
+
+void compare(const char* isa, const char* what, int64_t rows, int64_t columns, const float* got, const double* want,
+             const double* scale, int64_t count) {
+  checks++;
+  for (int64_t i = 0; i < count; i++)
+    if (!(std::fabs(got[i] - want[i]) <= 1e-5 * scale[i] + 1e-6)) {
+      std::printf("%s %s %ld x %ld: entry %ld is %g, not %g\n", isa, what, static_cast<long>(rows),
+                  static_cast<long>(columns), static_cast<long>(i), static_cast<double>(got[i]), want[i]);
+      failures++;
+      return;
+    }
+}
+
+// Multiplies with values, and with codes of each limit, and unpacks; all against `dense`.
+template <class W>
+void check(const Kernels& k, const char* what, const W& w, const std::vector<double>& dense,
+           void (*multiply)(const W&, const Activations&, const float*, float*, int64_t, int64_t),
+           void (*unpack)(const W&, float*, int64_t, int64_t), bool codes_too) {
+  const int64_t blocks = (w.columns + kBlock - 1) / kBlock, stride = blocks * kBlock;
+  if (unpack) {
+    std::vector<float> out(static_cast<size_t>(w.rows * w.columns));
+    std::vector<double> magnitude(dense.size());
+    for (size_t i = 0; i < dense.size(); i++) magnitude[i] = std::fabs(dense[i]);
+    unpack(w, out.data(), 0, w.rows);
+    compare(k.name, what, w.rows, w.columns, out.data(), dense.data(), magnitude.data(), w.rows * w.columns);
+  }
+  for (const int64_t tokens : {1, 2, 5, 7})
+    for (const int limit : {0, 127, 31}) {
+      const bool codes = limit && codes_too;
+      const auto padded = static_cast<size_t>(tokens * stride), lanes = static_cast<size_t>(tokens * blocks * kLanes);
+      std::vector<float> x(static_cast<size_t>(tokens * w.columns)), y(static_cast<size_t>(tokens * w.rows));
+      std::vector<float> bias(static_cast<size_t>(w.rows)), values(codes ? 0 : padded), sums(codes ? 0 : lanes),
+          steps(static_cast<size_t>(tokens));
+      std::vector<int8_t> integers(codes ? padded : 0), salient(codes ? padded : 0);
+      std::vector<int32_t> totals(codes ? lanes : 0), salient_totals(codes ? lanes : 0);
+      for (auto& v : x) v = uniform();
+      for (auto& v : bias) v = uniform();
+      k.prepare(x.data(), tokens, w.columns, limit, false, codes ? nullptr : values.data(),
+                codes ? nullptr : sums.data(), codes ? integers.data() : nullptr, codes ? steps.data() : nullptr,
+                codes ? totals.data() : nullptr);
+      Activations a{tokens,          w.columns,       stride,       values.data(), sums.data(), nullptr, nullptr,
+                    steps.data(),    nullptr,         nullptr};
+      if (codes) {
+        a.values = a.sums = nullptr;
+        a.codes = integers.data(), a.totals = totals.data();
+      }
+      std::vector<double> want(y.size()), scale(y.size());
+      for (int64_t m = 0; m < tokens; m++)
+        for (int64_t r = 0; r < w.rows; r++) {
+          double sum = bias[static_cast<size_t>(r)], size = std::fabs(sum);
+          for (int64_t c = 0; c < w.columns; c++) {
+            const auto at = static_cast<size_t>(m * stride + c);
+            const double value = codes ? integers[at] * static_cast<double>(steps[static_cast<size_t>(m)]) : values[at];
+            sum += value * dense[static_cast<size_t>(r * w.columns + c)];
+            size += std::fabs(value * dense[static_cast<size_t>(r * w.columns + c)]);
+          }
+          want[static_cast<size_t>(m * w.rows + r)] = sum;
+          scale[static_cast<size_t>(m * w.rows + r)] = size;
+        }
+      if constexpr (std::is_same_v<W, Codebook>)
+        if (codes) {
+          k.split(w, a, integers.data(), totals.data(), salient.data(), salient_totals.data());
+          a.salient = salient.data(), a.salient_totals = salient_totals.data();
+        }
+      multiply(w, a, bias.data(), y.data(), 0, w.rows);
+      compare(k.name, what, w.rows, w.columns, y.data(), want.data(), scale.data(), tokens * w.rows);
+    }
+}
+
+void check_planes(const Kernels& k, int64_t rows, int64_t columns) {
+  const int64_t blocks = (columns + kBlock - 1) / kBlock, width = (columns + 7) / 8;
+  const auto dense_at = [&](int64_t r, int64_t c) { return static_cast<size_t>(r * columns + c); };
+  std::vector<double> dense(static_cast<size_t>(rows * columns));
+
+  std::vector<uint8_t> signs(static_cast<size_t>(rows * (2 * blocks + width)));
+  for (auto& b : signs) b = byte();
+  for (int64_t r = 0; r < rows; r++)
+    for (int64_t b = 0; b < blocks; b++) {
+      uint8_t* at = signs.data() + r * (2 * blocks + width) + b * 18;
+      double d;
+      const uint16_t h = random_half(&d);
+      std::memcpy(at, &h, 2);
+      for (int64_t c = b * kBlock; c < std::min(columns, (b + 1) * kBlock); c++)
+        dense[dense_at(r, c)] = bit(at + 2, c - b * kBlock) ? d : -d;
+    }
+  const Planes sign128{signs.data() + 2, 1,  rows, columns, 0, 2 * blocks + width, 18, Grid::kSign128, nullptr, nullptr,
+                       0};
+  check(k, "sign128", sign128, dense, k.planes, k.unpack_planes, true);
+
+  for (int64_t planes = 1; planes <= 8; planes++) {
+    std::vector<uint8_t> codes(static_cast<size_t>(planes * rows * width)), zeros(static_cast<size_t>(rows * blocks));
+    std::vector<uint16_t> scales(zeros.size());
+    std::vector<float> row_scales(static_cast<size_t>(rows));
+    std::vector<double> scale_values(zeros.size());
+    for (auto& b : codes) b = byte();
+    for (auto& z : zeros) z = static_cast<uint8_t>(byte() % (1 << planes));
+    for (size_t i = 0; i < scales.size(); i++) scales[i] = random_half(&scale_values[i]);
+    for (auto& s : row_scales) s = uniform();
+    const auto code = [&](int64_t r, int64_t c) {
+      int value = 0;
+      for (int64_t p = 0; p < planes; p++) value |= bit(codes.data() + (p * rows + r) * width, c) << p;
+      return value;
+    };
+    for (int64_t r = 0; r < rows; r++)
+      for (int64_t c = 0; c < columns; c++) {
+        const auto g = static_cast<size_t>(r * blocks + c / kBlock);
+        dense[dense_at(r, c)] = scale_values[g] * (code(r, c) - zeros[g]);
+      }
+    const Planes groups{codes.data(), planes, rows, columns, rows * width, width, 16, Grid::kGroups, scales.data(),
+                        zeros.data(), 0};
+    check(k, "uniform", groups, dense, k.planes, k.unpack_planes, true);
+    const float half = static_cast<float>(1 << (planes - 1));
+    const float zero = planes <= 2 ? half - 0.5f : half;
+    for (int64_t r = 0; r < rows; r++)
+      for (int64_t c = 0; c < columns; c++)
+        dense[dense_at(r, c)] = static_cast<double>(row_scales[static_cast<size_t>(r)]) * (code(r, c) - zero);
+    const Planes by_row{codes.data(), planes, rows, columns, rows * width, width, 16, Grid::kRows, row_scales.data(),
+                        nullptr, zero};
+    check(k, "bellbox", by_row, dense, k.planes, k.unpack_planes, true);
+  }
+}
+
+void check_codebook(const Kernels& k, int64_t rows, int64_t columns, int64_t block_size, bool exponents) {
+  const int64_t blocks = (columns + block_size - 1) / block_size, width = (columns + 7) / 8;
+  std::vector<uint8_t> signs(static_cast<size_t>(rows * width)), second(signs.size()),
+      salient(static_cast<size_t>(width)), powers(static_cast<size_t>(rows * blocks));
+  for (auto* bits : {&signs, &second, &salient})
+    for (auto& b : *bits) b = byte();
+  std::vector<uint16_t> halves(static_cast<size_t>(rows * blocks * 7));
+  std::vector<int8_t> integers(halves.size());
+  std::vector<double> scales(halves.size()), dense(static_cast<size_t>(rows * columns));
+  for (auto& p : powers) p = static_cast<uint8_t>(120 + rng() % 12);
+  for (size_t i = 0; i < scales.size(); i++) {
+    halves[i] = random_half(&scales[i]);
+    integers[i] = static_cast<int8_t>(rng() % 255 - 127);
+    if (exponents) scales[i] = std::ldexp(integers[i], powers[i / 7] - 127 - 6);
+  }
+  for (int64_t r = 0; r < rows; r++)
+    for (int64_t c = 0; c < columns; c++) {
+      const double* s = scales.data() + (r * blocks + c / block_size) * 7;
+      const int one = bit(signs.data() + r * width, c) ? 1 : -1, two = bit(second.data() + r * width, c) ? 1 : -1;
+      dense[static_cast<size_t>(r * columns + c)] = bit(salient.data(), c) ? s[4] + one * s[5] + two * s[6]
+                                                    : two > 0              ? s[2] + one * s[3]
+                                                                           : s[0] + one * s[1];
+    }
+  const Codebook w{signs.data(), second.data(), salient.data(), rows, columns, block_size,
+                   exponents ? static_cast<const void*>(integers.data()) : halves.data(),
+                   exponents ? powers.data() : nullptr};
+  check(k, "codebook2", w, dense, k.codebook, k.unpack_codebook, block_size == kBlock);
+}
+
+void check_dense(const Kernels& k, int64_t rows, int64_t columns) {
+  std::vector<uint16_t> values(static_cast<size_t>(rows * columns));
+  std::vector<double> dense(values.size());
+  for (size_t i = 0; i < values.size(); i++) values[i] = random_half(&dense[i]);
+  check(k, "float16", Dense{values.data(), rows, columns, false}, dense, k.dense, {}, false);
+  for (size_t i = 0; i < values.size(); i++) {
+    const float value = uniform();
+    uint32_t word;
+    std::memcpy(&word, &value, 4);
+    values[i] = static_cast<uint16_t>(word >> 16);
+    word &= 0xFFFF0000;
+    float kept;
+    std::memcpy(&kept, &word, 4);
+    dense[i] = kept;
+  }
+  check(k, "bfloat16", Dense{values.data(), rows, columns, true}, dense, k.dense, {}, false);
+}
+
+void check_hadamard(const Kernels& k, int64_t columns) {
+  std::vector<float> x(static_cast<size_t>(2 * columns)), once;
+  for (auto& v : x) v = uniform();
+  std::vector<double> want(x.begin(), x.end()), scale(x.size(), 1.0);
+  once = x;
+  k.hadamard(once.data(), 2, columns);
+  double before = 0, after = 0;
+  for (size_t i = 0; i < x.size(); i++) before += x[i] * x[i], after += once[i] * once[i];
+  k.hadamard(once.data(), 2, columns);  // its own inverse, and keeps lengths
+  compare(k.name, "hadamard", 2, columns, once.data(), want.data(), scale.data(), 2 * columns);
+  if (std::fabs(before - after) > 1e-4 * before) failures++, std::printf("%s hadamard changes lengths\n", k.name);
+}
+
+}  // namespace
+
+int main() {
+  const Kernels* const* list;
+  const int count = available(&list);
+  for (int i = 0; i < count; i++) {
+    checks = 0;
+    for (const int64_t columns : {1, 7, 17, 31, 33, 64, 100, 128, 129, 300, 576}) {
+      for (const int64_t rows : {1, 5}) {
+        check_planes(*list[i], rows, columns);
+        for (const int64_t block : {32, 96, 128})
+          for (const bool exponents : {false, true}) check_codebook(*list[i], rows, columns, block, exponents);
+        check_dense(*list[i], rows, columns);
+      }
+      check_hadamard(*list[i], columns);
+    }
+    std::printf("%s: %d checks, %d failures so far\n", list[i]->name, checks, failures);
+  }
+  return failures != 0;
+}

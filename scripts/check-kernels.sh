@@ -1,0 +1,44 @@
+#!/bin/sh
+# Checks the kernels outside Python: `sanitize` with the address and undefined behaviour sanitizers, `neon` for 64-bit
+# Arm under qemu (Debian: g++-aarch64-linux-gnu qemu-user).
+set -eu
+cd "$(dirname "$0")/../csrc"
+out=$(mktemp -d)
+trap 'rm -rf "$out"' EXIT
+common="-std=c++20 -O2 -g -Wall -Wextra -Wno-maybe-uninitialized -Wno-uninitialized -fno-math-errno -fno-trapping-math"
+
+# compile COMPILER SOURCE OBJECT [FLAGS …]
+compile() {
+    compiler=$1 source=$2 object=$3
+    shift 3
+    "$compiler" $common "$@" -c "$source" -o "$out/$object.o"
+}
+
+case "${1:-}" in
+sanitize)
+    san="-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer"
+    wide="-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c"
+    compile g++ check.cpp check $san
+    compile g++ dispatch.cpp dispatch $san -DBELLBIT_X86
+    compile g++ portable.cpp portable $san
+    compile g++ avx2.cpp avx2 $san -mavx2 -mfma -mf16c
+    compile g++ avx512.cpp avx512 $san $wide
+    compile g++ avx512.cpp avx512vnni $san $wide -mavx512vnni -DBELLBIT_VNNI
+    g++ $san "$out"/*.o -o "$out/check"
+    "$out/check"
+    ;;
+neon)
+    cross=aarch64-linux-gnu-g++
+    compile $cross check.cpp check
+    compile $cross dispatch.cpp dispatch -DBELLBIT_ARM
+    compile $cross portable.cpp portable
+    compile $cross neon.cpp neon
+    compile $cross neon.cpp neondot -march=armv8.2-a+dotprod -DBELLBIT_DOT
+    $cross -static "$out"/*.o -o "$out/check"
+    qemu-aarch64 -cpu max "$out/check"
+    ;;
+*)
+    echo "usage: $0 sanitize | neon" >&2
+    exit 2
+    ;;
+esac
