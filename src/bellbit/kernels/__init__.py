@@ -18,3 +18,10 @@ def linear(x: Tensor, weight: PackedTensor, bias: Tensor | None, act_bits: int =
     wants_gradient = x.requires_grad and torch.is_grad_enabled()
     fits = x.device.type == "cpu" and not wants_gradient and native.supports(weight)
     return (native if fits else reference).linear(x, weight, bias, act_bits, scope)
+
+
+def dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x·Wᵀ + bias for a weight in 16 bits, bfloat16 or float16 (out, in), computed in x's dtype."""
+    wants_gradient = x.requires_grad and torch.is_grad_enabled()
+    fits = x.device.type == "cpu" and not wants_gradient and native.available()
+    return native.dense(x, weight, bias) if fits else torch.nn.functional.linear(x, weight.to(x.dtype), bias)

@@ -156,8 +156,12 @@ def _multiply(
     tokens = x.numel() // columns
     offset = None if bias is None else bias.float().contiguous()
     if tokens > FEW_TOKENS:
-        rounded = quantize_activations(x, act_bits, "tensor" if shared else "token").float()
-        return _by_panels(weight, rounded.reshape(tokens, columns), rows, offset).to(x.dtype).view(*x.shape[:-1], rows)
+        rounded = quantize_activations(x, act_bits, "tensor" if shared else "token").float().reshape(tokens, columns)
+
+        def unpack(panel: Tensor, first: int) -> None:
+            weight.unpack(panel.data_ptr(), first, first + len(panel), torch.get_num_threads())
+
+        return _by_panels(unpack, rounded, rows, offset).to(x.dtype).view(*x.shape[:-1], rows)
     values = x.float().contiguous()
     y = torch.empty(*x.shape[:-1], rows)
     weight.multiply(
@@ -172,14 +176,14 @@ def _multiply(
     return y if x.dtype == torch.float32 else y.to(x.dtype)
 
 
-def _by_panels(weight: Any, x: Tensor, rows: int, bias: Tensor | None) -> Tensor:
-    """x: float32 (tokens, columns)."""
+def _by_panels(unpack: Callable[[Tensor, int], None], x: Tensor, rows: int, bias: Tensor | None) -> Tensor:
+    """x: float32 (tokens, columns). unpack: writes rows from a first one on into a float32 panel."""
     tokens, columns = x.shape
     step = max(1, min(rows, PANEL_BYTES // (4 * columns)))
     panel, y = torch.empty(step, columns), torch.empty(tokens, rows)
     for first in range(0, rows, step):
         last = min(first + step, rows)
-        weight.unpack(panel.data_ptr(), first, last, torch.get_num_threads())
+        unpack(panel[: last - first], first)
         torch.mm(x, panel[: last - first].t(), out=y[:, first:last])
     return y if bias is None else y.add_(bias)
 
@@ -219,7 +223,33 @@ def _rotate(x: Tensor) -> Tensor:
     return rotated.to(x.dtype)
 
 
+def dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x·Wᵀ + bias for a 16-bit weight (out, in): (..., out) in x's dtype."""
+    return torch.ops.bellbit.dense(x, weight, bias)
+
+
+def _dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    rows, columns = weight.shape
+    if x.numel() > FEW_TOKENS * columns:
+        offset = None if bias is None else bias.float()
+        flat = x.float().reshape(-1, columns)
+
+        def unpack(panel: Tensor, first: int) -> None:
+            panel.copy_(weight[first : first + len(panel)])
+
+        return _by_panels(unpack, flat, rows, offset).to(x.dtype).view(*x.shape[:-1], rows)
+    bfloat = weight.dtype == torch.bfloat16
+    address = _require(weight, torch.bfloat16 if bfloat else torch.float16, rows, columns)
+    packed = _kernels.Dense(values=address, rows=rows, columns=columns, bfloat=bfloat)
+    return _multiply(packed, x, rows, columns, bias, 16, shared=False)
+
+
 if _kernels is not None:
+    _LIBRARY.define("dense(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+    _LIBRARY.impl("dense", _dense, "CPU")
+    torch.library.register_fake(
+        "bellbit::dense", lambda x, weight, bias: x.new_empty(*x.shape[:-1], len(weight)), lib=_LIBRARY
+    )
     _LIBRARY.define("hadamard(Tensor x) -> Tensor")
     _LIBRARY.impl("hadamard", _rotate, "CPU")
     torch.library.register_fake("bellbit::hadamard", torch.empty_like, lib=_LIBRARY)
