@@ -461,6 +461,52 @@ struct Body {
     (w.bfloat ? dense_rows<true> : dense_rows<false>)(w, x, bias, y, first, last);
   }
 
+  static void widen_row(const Dense& w, float* out) {
+    const int64_t whole = w.columns & ~(kLanes - 1);
+    uint16_t end[kLanes] = {};
+    float values[kLanes];
+    std::memcpy(end, w.values + whole, static_cast<size_t>(w.columns - whole) * sizeof(uint16_t));
+    for (int64_t c = 0; c < whole; c += kLanes)
+      S::store(out + c, w.bfloat ? widen<true>(w.values + c) : widen<false>(w.values + c));
+    S::store(values, w.bfloat ? widen<true>(end) : widen<false>(end));
+    std::memcpy(out + whole, values, static_cast<size_t>(w.columns - whole) * sizeof(float));
+  }
+
+  // ---- attention ----------------------------------------------------------------------------------------------
+
+  static float dot(const float* a, const float* b, int64_t count) {
+    F sum = S::zero();
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) sum = S::fma(S::load(a + i), S::load(b + i), sum);
+    float rest = 0;
+    for (; i < count; i++) rest += a[i] * b[i];
+    return S::reduce(sum) + rest;
+  }
+
+  static void attend(const float* q, const float* keys, const float* values, int64_t length, int64_t size, float scale,
+                     float* scores, float* out) {
+    float largest = -INFINITY, total = 0;
+    for (int64_t t = 0; t < length; t++) {
+      scores[t] = scale * dot(q, keys + t * size, size);
+      largest = larger(largest, scores[t]);
+    }
+    for (int64_t t = 0; t < length; t++) {
+      scores[t] = std::exp(scores[t] - largest);
+      total += scores[t];
+    }
+    const int64_t whole = size & ~(kLanes - 1);
+    for (int64_t i = 0; i < whole; i += kLanes) {
+      F sum = S::zero();
+      for (int64_t t = 0; t < length; t++) sum = S::fma(S::set1(scores[t]), S::load(values + t * size + i), sum);
+      S::store(out + i, S::fma(S::set1(1 / total), sum, S::zero()));
+    }
+    for (int64_t i = whole; i < size; i++) {
+      float sum = 0;
+      for (int64_t t = 0; t < length; t++) sum += scores[t] * values[t * size + i];
+      out[i] = sum / total;
+    }
+  }
+
   // ---- activations --------------------------------------------------------------------------------------------
 
   // Blocks of 128, then of the powers of two that the rest is made of.
@@ -541,7 +587,8 @@ struct Body {
   }
 
   static constexpr Kernels kernels(const char* name) {
-    return {name, planes, codebook, dense, unpack_planes, unpack_codebook, split, hadamard, prepare};
+    return {name, planes, codebook, dense, unpack_planes, unpack_codebook, split, widen_row,
+            dot, attend, hadamard, prepare};
   }
 };
 

@@ -66,6 +66,12 @@ struct Kernels {
   // Moves the codes of salient columns, and their totals, into arrays of their own.
   void (*split)(const Codebook&, const Activations&, int8_t* codes, int32_t* totals, int8_t* salient,
                 int32_t* salient_totals);
+  // The floats of a 16-bit matrix of one row.
+  void (*widen)(const Dense&, float* out);
+  float (*dot)(const float* a, const float* b, int64_t count);
+  // One query (size) over keys and values (length, size): softmax(scale·q·Kᵀ)·V. scores: (length), scratch.
+  void (*attend)(const float* q, const float* keys, const float* values, int64_t length, int64_t size, float scale,
+                 float* scores, float* out);
   // x (tokens, columns) times the normalized blockwise Hadamard matrix, in place.
   void (*hadamard)(float* x, int64_t tokens, int64_t columns);
   // x (tokens, columns) to values or codes as in Activations, whichever is not null. limit: largest code, 127 or 31;

@@ -66,6 +66,14 @@ def _say(text: str) -> None:
     err_console.print(text, style="dim", markup=False, highlight=False, soft_wrap=True)
 
 
+def _say_if_slow(network: Any) -> None:
+    from bellbit.kernels import native
+    from bellbit.packed.linear import packed_linears
+
+    if packed_linears(network) and not native.available():
+        _say("There are no compiled kernels (no compiler at installation): plain torch serves, several times slower.")
+
+
 def _print_json(value: dict[str, Any]) -> None:
     """Strict JSON: what is no finite number becomes null."""
 
@@ -186,6 +194,7 @@ def evaluate(
         check_length(config, seq_len)
         tokens = evaluation_windows(load_corpus(data, "test"), load_tokenizer(location), seq_len, windows)
         network = load_model(location, dtype, config)
+        _say_if_slow(network)
         result = perplexity(network, tokens, device, lambda share: progress(share, "perplexity"))
     if as_json:
         _print_json({"model": model, "data": data} | result.to_dict())
@@ -213,6 +222,7 @@ def generate(
     location = locate(model)
     _say(f"Loading {model}.")
     tokenizer, network = load_tokenizer(location), load_model(location, dtype).to(device)
+    _say_if_slow(network)
     print(prompt, end="" if not chat else "\n", flush=True)
     run(
         network,

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from bellbit.decoding import fast_steps
 from bellbit.errors import BellbitError
 from bellbit.loading import check_length
 
@@ -50,11 +51,13 @@ def generate(
     check_length(model.config, inputs["input_ids"].shape[1] + max_new_tokens)
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-    model.generate(
-        **{key: inputs[key].to(model.device) for key in ("input_ids", "attention_mask")},
-        max_new_tokens=max_new_tokens,
-        streamer=Pieces(tokenizer, skip_prompt=True, skip_special_tokens=True),
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-        **sampling,
-    )
+    with fast_steps(model, inputs["input_ids"].shape[1] + max_new_tokens) as options:
+        model.generate(
+            **{key: inputs[key].to(model.device) for key in ("input_ids", "attention_mask")},
+            max_new_tokens=max_new_tokens,
+            streamer=Pieces(tokenizer, skip_prompt=True, skip_special_tokens=True),
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+            **sampling,
+            **options,
+        )
     return "".join(pieces)

@@ -142,6 +142,46 @@ def _bellbox(codes: Tensor, scales: Tensor, columns: int) -> Any:
     return _planes(codes, columns, _ROWS, scale, zero=Bellbox.zero_point(codes.shape[0]))
 
 
+_BUILDERS: dict[type[PackedTensor], Callable[..., Any]] = {
+    Codebook2: _codebook2,
+    Sign128: _sign128,
+    Bellbox: _bellbox,
+    Uniform: _uniform,
+}
+
+
+def weight(packed: PackedTensor) -> Any:
+    """A packed weight as the compiled kernels take it; `packed` must outlive it."""
+    return _BUILDERS[type(packed)](*_ARGUMENTS[type(packed)](packed))
+
+
+def dense_weight(values: Tensor) -> Any:
+    """A 16-bit matrix (out, in) as the compiled kernels take it; `values` must outlive it."""
+    bfloat = values.dtype == torch.bfloat16
+    address = _require(values, torch.bfloat16 if bfloat else torch.float16, *values.shape)
+    return _kernels.Dense(values=address, rows=len(values), columns=values.shape[1], bfloat=bfloat)
+
+
+def largest_code(act_bits: int) -> int:
+    """Of activations rounded to so many bits; 0 where they are not."""
+    return 0 if act_bits == 16 else 2 ** (act_bits - 1) - 1
+
+
+def layer(weight: Any, bias: int, act_bits: int, scope: Scope) -> Any:
+    """A linear layer of the compiled decoder. bias: the address of float32 values, or 0."""
+    return _kernels.Layer(weight, bias, largest_code(act_bits), scope == "tensor")
+
+
+def block(**arguments: Any) -> Any:
+    """A decoder block of the compiled decoder, see csrc/decoder.h."""
+    return _kernels.Block(**arguments)
+
+
+def decoder(**arguments: Any) -> Any:
+    """The compiled decoder, see csrc/decoder.h."""
+    return _kernels.Decoder(**arguments)
+
+
 # --- operators ---------------------------------------------------------------------------------------------------
 
 _LIBRARY = torch.library.Library("bellbit", "DEF")
@@ -159,15 +199,16 @@ def _multiply(
         rounded = quantize_activations(x, act_bits, "tensor" if shared else "token").float().reshape(tokens, columns)
 
         def unpack(panel: Tensor, first: int) -> None:
-            weight.unpack(panel.data_ptr(), first, first + len(panel), torch.get_num_threads())
+            _kernels.unpack(weight, panel.data_ptr(), first, first + len(panel), torch.get_num_threads())
 
         return _by_panels(unpack, rounded, rows, offset).to(x.dtype).view(*x.shape[:-1], rows)
     values = x.float().contiguous()
     y = torch.empty(*x.shape[:-1], rows)
-    weight.multiply(
+    _kernels.multiply(
+        weight,
         values.data_ptr(),
         tokens,
-        0 if act_bits == 16 else 2 ** (act_bits - 1) - 1,
+        largest_code(act_bits),
         shared,
         0 if offset is None else offset.data_ptr(),
         y.data_ptr(),
@@ -238,10 +279,7 @@ def _dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             panel.copy_(weight[first : first + len(panel)])
 
         return _by_panels(unpack, flat, rows, offset).to(x.dtype).view(*x.shape[:-1], rows)
-    bfloat = weight.dtype == torch.bfloat16
-    address = _require(weight, torch.bfloat16 if bfloat else torch.float16, rows, columns)
-    packed = _kernels.Dense(values=address, rows=rows, columns=columns, bfloat=bfloat)
-    return _multiply(packed, x, rows, columns, bias, 16, shared=False)
+    return _multiply(dense_weight(weight), x, rows, columns, bias, 16, shared=False)
 
 
 if _kernels is not None:
