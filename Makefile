@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test lint format bench check-kernels clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/bellbit demo demo-out
@@ -25,7 +25,13 @@ format: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/algorithm.py
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/kernels.py
+	$(BIN)/python benchmarks/inference.py
 	$(BIN)/python benchmarks/quality.py
+
+check-kernels:
+	scripts/check-kernels.sh sanitize
+	scripts/check-kernels.sh neon
 
 $(VENV)/.runtime: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

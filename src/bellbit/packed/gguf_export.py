@@ -1,0 +1,250 @@
+"""Export to GGUF, for stock llama.cpp: `sign128` tensors become Q1_0 byte for byte, what cannot takes a wider type."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bellbit.errors import BellbitError
+from bellbit.packed.gguf_types import TYPES, choose
+from bellbit.packed.linear import packed_linears
+from bellbit.packed.planes import SIGN_BLOCK, Sign128
+
+# transformers' model type -> llama.cpp's name of the architecture
+ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+_INTERLEAVED = ("llama",)  # rotary pairs lie side by side there, half a head apart in transformers
+
+# How text is split before byte-pair merges: what the tokenizer's own rule contains -> llama.cpp's name of the rule.
+_SPLITS = (
+    (r"\p{N}{1,3}", "llama-bpe"),
+    (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)", "qwen2"),
+    ('"individual_digits": true', "smollm"),
+    ('"ByteLevel"', "gpt-2"),
+)
+
+
+@dataclass(frozen=True)
+class Exported:
+    """One tensor of the file. kind: its GGUF type. error: relative squared error of its values, 0 if exact."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    nbytes: int
+    error: float
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.nbytes / int(np.prod(self.shape))
+
+
+def export(
+    model: Any,
+    tokenizer: Any,
+    folder: Path,
+    out: Path,
+    *,
+    budget: float = 8.5,
+    embedding: str = "auto",
+    report: Callable[[float], None] = lambda share: None,
+) -> list[Exported]:
+    """Write a quantized model as a GGUF file, beside `out` first and then renamed.
+
+    model, tokenizer: as loaded from `folder`, which holds the tokenizer's files. budget: bits a weight for quantized
+    tensors that cannot be Q1_0. embedding: type of embedding and head, a key of TYPES; `auto` is Q6_K, or Q8_0 where
+    rows are no multiple of 256.
+    Raises BellbitError if the architecture, its rotary scaling or the tokenizer has no counterpart in llama.cpp.
+    """
+    import gguf
+
+    config = model.config
+    architecture = ARCHITECTURES.get(config.model_type)
+    if architecture is None:
+        raise BellbitError(
+            f"the architecture {config.model_type!r} cannot be exported; possible are {', '.join(ARCHITECTURES)}"
+        )
+    if embedding != "auto" and embedding not in TYPES:
+        raise BellbitError(f"--embedding {embedding} is not possible; allowed: auto, {', '.join(TYPES)}")
+    part = out.with_name(f".{out.name}.part")
+    writer = gguf.GGUFWriter(part, architecture)
+    try:
+        _add_settings(writer, config)
+        _add_tokenizer(writer, tokenizer, folder, config.vocab_size)
+        names = gguf.get_tensor_name_map(
+            next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture), config.num_hidden_layers
+        )
+        written = []
+        tensors = list(_tensors(model))
+        for index, (name, tensor) in enumerate(tensors):
+            target = names.get_name(name, try_suffixes=(".weight", ".bias"))
+            if target is None:
+                raise BellbitError(f"the tensor {name!r} has no counterpart in llama.cpp's {architecture} models")
+            written.append(_add_tensor(writer, target, name, tensor, config, architecture, budget, embedding))
+            report((index + 1) / len(tensors))
+        if (factors := _rope_factors(model)) is not None:
+            written.append(_plain(writer, "rope_freqs.weight", factors))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        part.replace(out)
+    finally:
+        part.unlink(missing_ok=True)
+    return written
+
+
+def _tensors(model: Any) -> Iterator[tuple[str, Any]]:
+    """Everything the file holds, by transformers' names: packed weights as they are, all else as tensors."""
+    packed = packed_linears(model)
+    for name, layer in packed.items():
+        yield f"{name}.weight", layer.packed
+    inside = {f"{name}.{field}" for name, layer in packed.items() for field in layer.packed.tensors}
+    tied = set(model.all_tied_weights_keys)
+    for name, tensor in model.state_dict().items():
+        if name not in inside and name not in tied:
+            yield name, tensor
+
+
+def _in_order(rows: Tensor, name: str, config: Any, architecture: str) -> Tensor:
+    """Rows as llama.cpp wants them: those of q and k from transformers' halves of a head to pairs."""
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
+    if heads is None or architecture not in _INTERLEAVED:
+        return rows
+    return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2).contiguous()
+
+
+def _add_tensor(
+    writer: Any, target: str, name: str, tensor: Any, config: Any, architecture: str, budget: float, embedding: str
+) -> Exported:
+    turn = partial(_in_order, name=name, config=config, architecture=architecture)
+    if isinstance(tensor, Tensor):
+        if tensor.ndim == 1:
+            return _plain(writer, target, turn(tensor))
+        values = turn(tensor).float().numpy()
+        kind = TYPES["Q6_K" if values.shape[1] % 256 == 0 else "Q8_0"] if embedding == "auto" else TYPES[embedding]
+        if values.shape[1] % kind.block:
+            raise BellbitError(
+                f"{name!r} cannot be {kind.name}: its rows of {values.shape[1]} are no multiple of {kind.block}"
+            )
+        stored = kind.pack(values)
+        error = float(np.square(kind.unpack(stored).astype(np.float32) - values).sum() / np.square(values).sum())
+        return _matrix(writer, target, kind.name, values.shape, stored, error)
+    if isinstance(tensor, Sign128) and tensor.shape[1] % SIGN_BLOCK == 0:
+        return _matrix(writer, target, "Q1_0", tensor.shape, turn(tensor.blocks).numpy(), 0.0)
+    values = turn(tensor.dequantize()).numpy()
+    kind, stored, error = choose(values, budget)
+    return _matrix(writer, target, kind.name, values.shape, stored, error)
+
+
+def _matrix(writer: Any, name: str, kind: str, shape: tuple[int, ...], stored: Any, error: float) -> Exported:
+    import gguf
+
+    writer.add_tensor(name, stored, raw_dtype=gguf.GGMLQuantizationType[kind])
+    return Exported(name, kind, tuple(shape), stored.nbytes, error)
+
+
+def _plain(writer: Any, name: str, tensor: Tensor) -> Exported:
+    values = tensor.float().numpy()
+    writer.add_tensor(name, values)
+    return Exported(name, "F32", values.shape, values.nbytes, 0.0)
+
+
+def _add_settings(writer: Any, config: Any) -> None:
+    import gguf
+
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q1_0)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(head_size)
+    writer.add_value_length(head_size)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(head_size)
+    rope = getattr(config, "rope_parameters", None) or {}
+    writer.add_rope_freq_base(float(rope.get("rope_theta", 10000.0)))
+    kind = rope.get("rope_type", "default")
+    if kind == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(float(rope["factor"]))
+    elif kind == "yarn":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(float(rope["factor"]))
+        writer.add_rope_scaling_orig_ctx_len(int(rope["original_max_position_embeddings"]))
+    elif kind not in ("default", "llama3"):
+        raise BellbitError(f"rotary embeddings of the kind {kind!r} cannot be exported")
+
+
+def _rope_factors(model: Any) -> Tensor | None:
+    """By what LLaMA 3 divides each rotary frequency: a tensor of its own in llama.cpp."""
+    rope = getattr(model.config, "rope_parameters", None) or {}
+    if rope.get("rope_type", "default") != "llama3":
+        return None
+    frequencies = model.model.rotary_emb.inv_freq.double()
+    size = 2 * len(frequencies)
+    plain = float(rope["rope_theta"]) ** -(torch.arange(0, size, 2, dtype=torch.float64) / size)
+    return (plain / frequencies).float()
+
+
+def _add_tokenizer(writer: Any, tokenizer: Any, folder: Path, vocabulary: int) -> None:
+    import gguf
+
+    described = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    if described["model"].get("type") != "BPE":
+        raise BellbitError(f"a tokenizer of the kind {described['model'].get('type')!r} cannot be exported; BPE can")
+    added = {entry["id"]: entry for entry in described.get("added_tokens", ())}
+    by_id = {index: token for token, index in tokenizer.get_vocab().items()}
+    byte_fallback = bool(described["model"].get("byte_fallback"))
+    tokens, scores, kinds = [], [], []
+    for index in range(vocabulary):
+        token = by_id.get(index, f"[PAD{index}]")
+        if index not in by_id:
+            kind = gguf.TokenType.UNUSED
+        elif index in added:
+            kind = gguf.TokenType.CONTROL if added[index]["special"] else gguf.TokenType.USER_DEFINED
+        elif byte_fallback and len(token) == 6 and token.startswith("<0x"):
+            kind = gguf.TokenType.BYTE
+        else:
+            kind = gguf.TokenType.NORMAL
+        tokens.append(token.encode())
+        scores.append(-float(index))
+        kinds.append(kind)
+    if byte_fallback:  # SentencePiece in other clothes: merges in the order of the vocabulary
+        writer.add_tokenizer_model("llama")
+        writer.add_token_scores(scores)
+    else:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(_split_rule(described))
+    writer.add_token_list(tokens)
+    writer.add_token_types(kinds)
+    merges = [m if isinstance(m, str) else " ".join(m) for m in described["model"].get("merges", ())]
+    if not byte_fallback:
+        writer.add_token_merges(merges or [""])
+    for kind_name in ("bos", "eos", "unk", "pad"):
+        if (special := getattr(tokenizer, f"{kind_name}_token_id", None)) is not None:
+            getattr(writer, f"add_{kind_name}_token_id")(special)
+    starts = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    writer.add_add_bos_token(bool(starts))
+    if tokenizer.chat_template:
+        writer.add_chat_template(tokenizer.chat_template)
+
+
+def _split_rule(described: dict[str, Any]) -> str:
+    rule = json.dumps(described.get("pre_tokenizer"), ensure_ascii=False).replace("\\\\", "\\")
+    for part, name in _SPLITS:
+        if part in rule:
+            return name
+    raise BellbitError(f"the tokenizer splits text by a rule that llama.cpp has no known name for: {rule[:200]}")

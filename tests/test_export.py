@@ -1,0 +1,235 @@
+"""GGUF export: read back by the gguf package, and run by stock llama.cpp where the package xllamacpp is there."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.models.llama import LlamaConfig
+from transformers.models.qwen2 import Qwen2Config
+from transformers.models.qwen3 import Qwen3Config
+
+import bellbit
+from bellbit.errors import BellbitError
+from bellbit.exporting import export_gguf
+from bellbit.packed.gguf_export import export
+from bellbit.packed.gguf_types import TYPES, choose, pack_q6_k
+from bellbit.packed.linear import packed_linears
+from conftest import VOCABULARY
+
+_WIDTHS = {
+    "hidden_size": 256,
+    "intermediate_size": 384,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 2,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 512,
+    "bos_token_id": 256,
+    "eos_token_id": 257,
+    "pad_token_id": 257,
+    "initializer_range": 0.06,  # logits of standard deviation 1; llama.cpp rounds activations to 8 bits itself
+}
+NOT_GIVEN = -30.0  # log-probability of a token that llama.cpp does not list
+CONFIGS = {
+    "llama": lambda: LlamaConfig(**_WIDTHS),
+    "llama3": lambda: LlamaConfig(
+        **_WIDTHS,
+        rope_parameters={
+            "rope_type": "llama3",
+            "rope_theta": 10000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    ),
+    "qwen2": lambda: Qwen2Config(**_WIDTHS),
+    "qwen3": lambda: Qwen3Config(**_WIDTHS, head_dim=64),
+}
+
+# In a process of its own, since llama.cpp writes to the terminal and ends the process where it cannot load a file.
+LLAMA_CPP = """
+import json, sys, xllamacpp
+parameters = xllamacpp.CommonParams()
+parameters.model.path = sys.argv[1]
+parameters.n_ctx, parameters.n_parallel, parameters.warmup = 512, 1, False
+parameters.cpuparams.n_threads = 1
+server = xllamacpp.Server(parameters)
+tokens, answers = json.loads(sys.argv[2]), []
+for length in range(4, len(tokens)):
+    answer = server.handle_completions({"prompt": tokens[:length], "max_tokens": 1, "logprobs": N, "n_probs": N,
+                                        "temperature": 0, "ignore_eos": True})
+    found = answer["choices"][0]["logprobs"]  # none where the likeliest token is no text, as </s>
+    found = found["content"][0]["top_logprobs"] if found else []
+    answers.append({str(entry["id"]): entry["logprob"] for entry in found})
+open(sys.argv[3], "w").write(json.dumps(answers))
+""".replace("N", str(VOCABULARY))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """The checkpoint of a small random model with widths that Q1_0 can hold."""
+    made = {}
+
+    def make(name, method="sign"):
+        if (name, method) not in made:
+            folder = tmp_path_factory.mktemp("export")
+            torch.manual_seed(0)
+            AutoModelForCausalLM.from_config(CONFIGS[name]()).save_pretrained(folder / "source")
+            ascii_tokenizer().save_pretrained(folder / "source")
+            made[name, method] = folder / "out"
+            bellbit.quantize(folder / "source", made[name, method], method)
+        return made[name, method]
+
+    return make
+
+
+def ascii_tokenizer():
+    """256 tokens of one or two ASCII characters: llama.cpp holds back what is no whole character, as most bytes."""
+    letters, pair = [chr(code) for code in range(33, 127)], "abcdefghijklm"
+    merges = [(first, second) for first in pair for second in pair][: 256 - len(letters)]
+    vocabulary = {token: i for i, token in enumerate([*letters, *map("".join, merges)])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>")
+
+
+def read(file):
+    from gguf import GGUFReader
+
+    return {tensor.name: tensor for tensor in GGUFReader(file).tensors}
+
+
+def test_sign128_becomes_q1_0_byte_for_byte(checkpoint, tmp_path):
+    folder, out = checkpoint("qwen3"), tmp_path / "model.gguf"
+    written = export_gguf(folder, out)
+    stored = read(out)
+    layers = packed_linears(AutoModelForCausalLM.from_pretrained(folder))
+    assert len(layers) == 14
+    down = layers["model.layers.1.mlp.down_proj"].packed
+    tensor = stored["blk.1.ffn_down.weight"]
+    assert tensor.tensor_type.name == "Q1_0"
+    assert bytes(tensor.data.tobytes()) == bytes(down.blocks.numpy().tobytes())
+    kinds = {item.name: item.kind for item in written}
+    assert kinds["token_embd.weight"] == kinds["output.weight"] == "Q6_K"
+    assert [kind for name, kind in kinds.items() if "blk" in name and "norm" not in name] == ["Q1_0"] * 14
+    one = next(item for item in written if item.kind == "Q1_0")
+    assert one.bits_per_weight == 1.125 and one.error == 0
+    assert not list(tmp_path.glob(".*"))  # nothing half-written stays
+
+
+def test_other_layouts_take_a_wider_type_within_the_budget(checkpoint, tmp_path):
+    folder = checkpoint("llama", "rtn")
+    for budget, kinds in ((8.5, {"Q8_0"}), (5.2, {"Q4_0", "Q4_1"})):
+        written = export_gguf(folder, tmp_path / "model.gguf", budget=budget, overwrite=True)
+        linears = [item for item in written if "ffn" in item.name and "norm" not in item.name]
+        assert {item.kind for item in linears} <= kinds
+        assert all(item.bits_per_weight <= budget for item in linears)
+        assert all(item.error < 0.02 for item in linears)
+
+
+def test_q6_k_is_read_back_by_the_library():
+    values = np.random.default_rng(0).normal(size=(3, 512)).astype(np.float32)
+    values[1, :256] = 0
+    back = TYPES["Q6_K"].unpack(pack_q6_k(values))
+    assert np.square(back - values).sum() / np.square(values).sum() < 1e-3  # 6-bit rounding; measured 4e-4
+    assert not back[1, :256].any()
+
+
+def test_the_chosen_type_has_the_least_error():
+    values = np.random.default_rng(0).normal(size=(4, 96)).astype(np.float32)
+    kind, stored, error = choose(values, 6.5)
+    errors = {
+        name: float(np.square(t.unpack(t.pack(values)) - values).sum() / np.square(values).sum())
+        for name, t in TYPES.items()
+        if t.bits <= 6.5 and values.shape[1] % t.block == 0
+    }
+    assert kind.name == min(errors, key=errors.get) and error == pytest.approx(errors[kind.name])
+    assert stored.nbytes * 8 == kind.bits * values.size
+    with pytest.raises(BellbitError, match=r"no GGUF type of at most 3 bits a weight holds rows of 96 columns"):
+        choose(values, 3)
+
+
+def test_what_cannot_be_exported_says_why(checkpoint, tiny_model, tmp_path):
+    with pytest.raises(BellbitError, match=r"must end in \.gguf"):
+        export_gguf(checkpoint("llama"), tmp_path / "model")
+    with pytest.raises(BellbitError, match="no checkpoint of bellbit"):
+        export_gguf(tiny_model("llama"), tmp_path / "model.gguf")
+    bellbit.quantize(tiny_model("opt"), tmp_path / "opt", "sign")
+    with pytest.raises(BellbitError, match="architecture 'opt' cannot be exported"):
+        export_gguf(tmp_path / "opt", tmp_path / "model.gguf")
+    with pytest.raises(BellbitError, match="embedding Q9 is not possible"):
+        export_gguf(checkpoint("llama"), tmp_path / "model.gguf", embedding="Q9")
+    with pytest.raises(BellbitError, match="cannot be Q6_K: its rows of 192"):
+        bellbit.quantize(tiny_model("llama"), tmp_path / "narrow", "sign")
+        export_gguf(tmp_path / "narrow", tmp_path / "model.gguf", embedding="Q6_K")
+    assert not list(tmp_path.glob("*.gguf")) and not list(tmp_path.glob(".*"))
+
+
+def llama_cpp(file, tokens):
+    """Log-probabilities (positions, vocabulary) of each next token, by stock llama.cpp."""
+    answers = file.with_suffix(".json")
+    done = subprocess.run(
+        [sys.executable, "-c", LLAMA_CPP, str(file), json.dumps(tokens), str(answers)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(answers.read_text())
+    return torch.tensor([[answer.get(str(i), NOT_GIVEN) for i in range(VOCABULARY)] for answer in found])
+
+
+@torch.no_grad()
+def teach(model):
+    """Fit the head so that the next token is 7·token + 3 (mod 256), most of the time.
+
+    An untrained head's two best tokens are so near each other that they change places by any rounding at all, and
+    llama.cpp rounds activations to 8 bits.
+    """
+    embedding = model.get_input_embeddings()
+    embedding.weight = embedding.weight * 4  # so that blocks of random weights do not drown the token
+    tokens = torch.randint(0, 256, (40, 64), generator=torch.Generator().manual_seed(1))
+    hidden = model.model(tokens).last_hidden_state.flatten(0, 1)
+    wanted = torch.nn.functional.one_hot((7 * tokens.flatten() + 3) % 256, VOCABULARY).float() * 16
+    solution = torch.linalg.lstsq(hidden, wanted).solution.t()
+    head = model.get_output_embeddings()
+    head.weight = solution.to(head.weight.dtype).contiguous()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_llama_cpp_gives_the_same_distribution(checkpoint, tmp_path, name):
+    """Against the same weights unpacked to F16: mean KL ≤ 1e-3, the same top token in ≥ 98 % of positions."""
+    pytest.importorskip("xllamacpp")
+    folder = checkpoint(name)
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    teach(model)
+    tokens = torch.randint(0, 256, (60,), generator=torch.Generator().manual_seed(0)).tolist()
+    export(model, tokenizer, Path(folder), tmp_path / "packed.gguf", embedding="F16")
+    with torch.no_grad():
+        ours = model(torch.tensor([tokens])).logits[0, 3:-1].log_softmax(dim=-1)
+        for path, layer in packed_linears(model).items():
+            dense = torch.nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+            dense.weight.copy_(layer.packed.dequantize())
+            if layer.bias is not None:
+                dense.bias.copy_(layer.bias)
+            model.set_submodule(path, dense)
+    export(model, tokenizer, Path(folder), tmp_path / "dense.gguf", embedding="F16")
+    packed, dense = llama_cpp(tmp_path / "packed.gguf", tokens), llama_cpp(tmp_path / "dense.gguf", tokens)
+    answered = packed.ne(NOT_GIVEN).any(dim=1) & dense.ne(NOT_GIVEN).any(dim=1)
+    assert int(answered.sum()) >= 50
+    for one, other in ((dense, packed), (ours, packed)):
+        one, other = one[answered], other[answered]
+        divergence = (one.exp() * (one - other)).sum(dim=-1).mean()
+        assert float(divergence) <= 1e-3
+        assert float((one.argmax(dim=-1) == other.argmax(dim=-1)).float().mean()) >= 0.98
