@@ -284,6 +284,20 @@ def export(
     out_console.print(report.export_table(str(out), written))
 
 
+@app.command(epilog="Example:  bellbit serve out --port 8000")
+def serve(
+    model: ModelArgument,
+    host: Annotated[str, typer.Option(help="Address to listen on; the default is this machine alone.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
+) -> None:
+    """Answer OpenAI-compatible requests with MODEL: by transformers' server, or llama.cpp's for a .gguf file."""
+    from bellbit.loading import locate
+    from bellbit.serving import serve as run
+
+    _say(f"Serving {model} on http://{host}:{port}/v1 until Ctrl-C.")
+    run(locate(model), host, port)
+
+
 @app.command()
 def demo(
     out: Annotated[Path, typer.Argument(help="Directory of the checkpoint; replaced if it exists.")] = Path("demo-out"),
