@@ -49,21 +49,15 @@ struct Body {
   // With s = ±1 for each bit, Σ 2ᵖ·bit = (Σ 2ᵖ·s + 2ᴾ − 1) / 2, so that w = scale/2 · (Σ 2ᵖ·s − (2·zero − 2ᴾ + 1)):
   // a sum of ±x per plane, and for sign128 and bellbox up to 2 bits nothing to subtract.
 
-  // What stands in front of such a sum, and behind it: the scale in front of the bits; a scale per group (a block, or
-  // the whole row); or that and a zero point.
-  enum class Form { kInline, kScaled, kCentred };
-
-  static Form form_of(const Planes& w) {
-    if (w.grid == Grid::kSign128) return Form::kInline;
-    const bool balanced = w.grid == Grid::kRows && 2 * w.zero == static_cast<float>((1 << w.planes) - 1);
-    return balanced ? Form::kScaled : Form::kCentred;
+  static bool has_zeros(const Planes& w) {
+    return w.grid != Grid::kRows || w.planes > 2 || 2 * w.zero != static_cast<float>((1 << w.planes) - 1);
   }
 
   static F inline_scale(const Planes& w, int64_t row, int64_t block) {
     return S::set1_half(w.bits + row * w.row_stride + block * w.block_stride - 2);
   }
 
-  // The halved scales and such zero points of one row, where they are not inline.
+  // The halved scales and such zero points of one row, one per group: a block, or the whole row.
   static void grid_of(const Planes& w, int64_t row, int64_t groups, float* scales, float* zeros) {
     const float all = static_cast<float>((1 << w.planes) - 1);
     if (w.grid == Grid::kGroups) {
@@ -132,7 +126,7 @@ struct Body {
     if (last > whole) add<P, R>(Bits<P, R>(w, row, whole), 0, x + whole * kBlock, acc);
   }
 
-  template <int P, int R, Form form>
+  template <int P, int R, bool Zeros>
   static void planes_rows(const Planes& w, const Activations& x, const float* bias, float* y, int64_t row,
                           float* scales, float* zeros) {
     const int64_t blocks = blocks_of(w.columns, kBlock);
@@ -149,7 +143,7 @@ struct Body {
         if (x.codes) {
           I start = S::izero();  // 2·Σ bit·x − Σ x = Σ ±x
           for (int64_t b = first; b < last; b++) start = S::sub(start, S::iload(x.totals + (m * blocks + b) * kLanes));
-          if constexpr (form == Form::kCentred) whole = S::to_float(S::sub(S::izero(), start));
+          if constexpr (Zeros) whole = S::to_float(S::sub(S::izero(), start));
           I acc[R][P];
           for (int r = 0; r < R; r++)
             for (int p = 0; p < P; p++) acc[r][p] = start;
@@ -159,7 +153,7 @@ struct Body {
             sums[r] = S::to_float(acc[r][0]);
           }
         } else {
-          if constexpr (form == Form::kCentred)
+          if constexpr (Zeros)
             for (int64_t b = first; b < last; b++) whole = S::add(whole, S::load(x.sums + (m * blocks + b) * kLanes));
           F acc[R][P];
           for (int r = 0; r < R; r++)
@@ -171,9 +165,8 @@ struct Body {
           }
         }
         for (int r = 0; r < R; r++) {
-          if constexpr (form == Form::kCentred) sums[r] = S::fma(S::set1(-zeros[r * groups + g]), whole, sums[r]);
-          const F scale = form == Form::kInline ? inline_scale(w, row + r, g) : S::set1(scales[r * groups + g]);
-          total[r] = S::fma(scale, sums[r], total[r]);
+          if constexpr (Zeros) sums[r] = S::fma(S::set1(-zeros[r * groups + g]), whole, sums[r]);
+          total[r] = S::fma(S::set1(scales[r * groups + g]), sums[r], total[r]);
         }
       }
       for (int r = 0; r < R; r++) {
@@ -183,7 +176,7 @@ struct Body {
     }
   }
 
-  template <int P, Form form>
+  template <int P, bool Zeros>
   static void planes_range(const Planes& w, const Activations& x, const float* bias, float* y, int64_t first,
                            int64_t last) {
     constexpr int R = P == 1 ? 4 : P <= 4 ? 2 : 1;  // rows that share a load of x; more would not fit the registers
@@ -191,23 +184,79 @@ struct Body {
     const Scratch grid(2 * R * groups);
     float *scales = grid.data, *zeros = scales + R * groups;
     int64_t row = first;
-    for (; row + R <= last; row += R) planes_rows<P, R, form>(w, x, bias, y, row, scales, zeros);
-    for (; row < last; row++) planes_rows<P, 1, form>(w, x, bias, y, row, scales, zeros);
+    for (; row + R <= last; row += R) planes_rows<P, R, Zeros>(w, x, bias, y, row, scales, zeros);
+    for (; row < last; row++) planes_rows<P, 1, Zeros>(w, x, bias, y, row, scales, zeros);
+  }
+
+  // sign128: one plane, the scale in front of each block's bits.
+  template <int R, bool Codes>
+  static void sign_rows(const Planes& w, const Activations& x, const float* bias, float* y, int64_t row) {
+    constexpr int64_t kBytes = kBlock / 8;
+    const int64_t whole = w.columns / kBlock, blocks = blocks_of(w.columns, kBlock);
+    const uint8_t* bits = w.bits + row * w.row_stride;
+    prefetch(bits, R * w.row_stride);
+    for (int64_t m = 0; m < x.tokens; m++) {
+      F total[R];
+      for (int r = 0; r < R; r++) total[r] = S::zero();
+      const auto block = [&](int64_t b, const uint8_t* at, int64_t stride) {
+        F sums[R];
+        if constexpr (Codes) {
+          const int8_t* codes = x.codes + m * x.stride + b * kBlock;
+          I acc[R];
+          for (int r = 0; r < R; r++) acc[r] = S::sub(S::izero(), S::iload(x.totals + (m * blocks + b) * kLanes));
+          for (int64_t c = 0; c < kBlock; c += 64) {
+            const typename S::X xs = S::load8(codes + c);
+            for (int r = 0; r < R; r++)
+              acc[r] = S::template add_bytes<2>(acc[r], S::keep(S::bits8(at + r * stride + c / 8), xs));
+          }
+          for (int r = 0; r < R; r++) sums[r] = S::to_float(acc[r]);
+        } else {
+          const float* values = x.values + m * x.stride + b * kBlock;
+          for (int r = 0; r < R; r++) sums[r] = S::zero();
+          for (int64_t c = 0; c < kBlock; c += 2 * kLanes) {
+            const F low = S::load(values + c), high = S::load(values + c + kLanes);
+            for (int r = 0; r < R; r++) {
+              const typename S::W signs = S::signs(at + r * stride + c / 8);
+              sums[r] = S::add(S::add(sums[r], S::template flip<0>(signs, low)), S::template flip<1>(signs, high));
+            }
+          }
+        }
+        for (int r = 0; r < R; r++) total[r] = S::fma(inline_scale(w, row + r, b), sums[r], total[r]);
+      };
+      for (int64_t b = 0; b < whole; b++) block(b, bits + b * w.block_stride, w.row_stride);
+      if (whole < blocks) {
+        uint8_t ends[R][kBytes] = {};  // rows end where their bytes do
+        for (int r = 0; r < R; r++)
+          std::memcpy(ends[r], bits + r * w.row_stride + whole * w.block_stride,
+                      static_cast<size_t>((w.columns - whole * kBlock + 7) / 8));
+        block(whole, ends[0], kBytes);
+      }
+      for (int r = 0; r < R; r++) {
+        const float value = S::reduce(total[r]) * (Codes ? x.steps[m] : 1.0f);
+        y[m * w.rows + row + r] = value + (bias ? bias[row + r] : 0.0f);
+      }
+    }
+  }
+
+  template <bool Codes>
+  static void signs_range(const Planes& w, const Activations& x, const float* bias, float* y, int64_t first,
+                          int64_t last) {
+    int64_t row = first;
+    for (; row + 4 <= last; row += 4) sign_rows<4, Codes>(w, x, bias, y, row);
+    for (; row < last; row++) sign_rows<1, Codes>(w, x, bias, y, row);
   }
 
   static void planes(const Planes& w, const Activations& x, const float* bias, float* y, int64_t first, int64_t last) {
     using Range = void (*)(const Planes&, const Activations&, const float*, float*, int64_t, int64_t);
-    static constexpr Range centred[] = {planes_range<1, Form::kCentred>, planes_range<2, Form::kCentred>,
-                                        planes_range<3, Form::kCentred>, planes_range<4, Form::kCentred>,
-                                        planes_range<5, Form::kCentred>, planes_range<6, Form::kCentred>,
-                                        planes_range<7, Form::kCentred>, planes_range<8, Form::kCentred>};
-    switch (form_of(w)) {
-      case Form::kInline: return planes_range<1, Form::kInline>(w, x, bias, y, first, last);
-      case Form::kScaled:
-        return (w.planes == 1 ? planes_range<1, Form::kScaled> : planes_range<2, Form::kScaled>)(w, x, bias, y, first,
-                                                                                                 last);
-      case Form::kCentred: return centred[w.planes - 1](w, x, bias, y, first, last);
-    }
+    static constexpr Range ranges[] = {planes_range<1, true>, planes_range<2, true>, planes_range<3, true>,
+                                       planes_range<4, true>, planes_range<5, true>, planes_range<6, true>,
+                                       planes_range<7, true>, planes_range<8, true>};
+    if (w.grid == Grid::kSign128)
+      (x.codes ? signs_range<true> : signs_range<false>)(w, x, bias, y, first, last);
+    else if (has_zeros(w))
+      ranges[w.planes - 1](w, x, bias, y, first, last);
+    else  // at most two planes: more have levels at integers
+      (w.planes == 1 ? planes_range<1, false> : planes_range<2, false>)(w, x, bias, y, first, last);
   }
 
   static void unpack_planes(const Planes& w, float* out, int64_t first, int64_t last) {
