@@ -19,15 +19,21 @@ BARS = {("codebook2", 16): 7, ("codebook2", 8): 10, ("sign128", 16): 14, ("sign1
 BANDWIDTH_BAR, PROMPT_BAR = 0.6, 0.9
 
 
-def median_seconds(work, repeats=15):
-    """Median over repeats, the first run not counted."""
+def seconds_of(work):
+    start = time.perf_counter()
     work()
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
+    return time.perf_counter() - start
+
+
+def faster(reference, ours, repeats=15):
+    """How many times faster `ours` is: the median of ratios of neighbouring runs, since a shared machine's speed drifts.
+
+    Also the median seconds of each.
+    """
+    reference(), ours()
+    pairs = [(seconds_of(reference), seconds_of(ours)) for _ in range(repeats)]
+    ratio = statistics.median(slow / fast for slow, fast in pairs)
+    return ratio, *(statistics.median(column) for column in zip(*pairs, strict=True))
 
 
 def random_bytes(*shape):
@@ -54,12 +60,6 @@ def bellbox(width):
     return Bellbox.pack(random_bytes(ROWS, COLUMNS) % 2**width, torch.rand(ROWS), width)
 
 
-def read_bandwidth(repeats=9):
-    """Bytes a second that all threads together read: the sum of 1 GiB of float32, which is in no cache."""
-    memory = torch.ones(1 << 28)
-    return memory.nbytes / median_seconds(memory.sum, repeats)
-
-
 def main():
     arguments = parser(__doc__).parse_args()
     torch.manual_seed(0)
@@ -73,29 +73,43 @@ def main():
         "bellbox, 2 bits": [bellbox(2) for _ in range(8)],
         "bellbox, 4 bits": [bellbox(4) for _ in range(4)],
     }
+    memory = torch.ones(1 << 28)  # 1 GiB, in no cache: its sum is bound by how fast memory is read
     x = torch.randn(1, COLUMNS)
     rows = []
-    bandwidth = read_bandwidth()
-    reference = median_seconds(lambda: [torch.nn.functional.linear(x, w) for w in dense]) / len(dense)
-    note(f"memory is read at {bandwidth / 1e9:.1f} GB/s; torch float32 at {dense[0].nbytes / reference / 1e9:.1f} GB/s")
+
+    def plain():
+        for weight in dense:
+            torch.nn.functional.linear(x, weight)
+
     for name, weights in layouts.items():
+        stored = sum(tensor.nbytes for weight in weights for tensor in weight.tensors.values())
         for act_bits in (16, 8):
-            seconds = median_seconds(lambda w=weights, a=act_bits: [native.linear(x, v, None, a) for v in w])
-            seconds /= len(weights)
-            rows.append(row(f"one token, {name}, A{act_bits}", reference / seconds, BARS.get((name, act_bits))))
+
+            def packed(weights=weights, act_bits=act_bits):
+                for weight in weights:
+                    native.linear(x, weight, None, act_bits)
+
+            ratio, reference, seconds = faster(plain, packed)
+            ratio *= len(weights) / len(dense)
+            rows.append(row(f"one token, {name}, A{act_bits}", ratio, BARS.get((name, act_bits))))
+            note(
+                f"{rows[-1]['name']}: {1e3 * seconds / len(weights):.2f} ms, float32 {1e3 * reference / len(dense):.2f} ms"
+            )
             if act_bits == 8:
-                share = sum(t.nbytes for t in weights[0].tensors.values()) / seconds / bandwidth
+                share, reading, _ = faster(memory.sum, packed)
+                share *= stored / memory.nbytes
                 bar = BANDWIDTH_BAR if name == "sign128" else None
                 rows.append(row(f"one token, {name}, A8: share of read bandwidth", share, bar))
+                note(f"memory is read at {memory.nbytes / reading / 1e9:.1f} GB/s")
     for tokens in (2, 4, 8, 16, PROMPT):
         batch = torch.randn(tokens, COLUMNS)
-        repeats = 3 if tokens == PROMPT else 7
-        reference = median_seconds(lambda b=batch: torch.nn.functional.linear(b, dense[0]), repeats)
         for name, weights in layouts.items():
-            seconds = median_seconds(lambda b=batch, w=weights: native.linear(b, w[0], None), repeats)
-            rows.append(
-                row(f"{tokens} tokens, {name}, A16", reference / seconds, PROMPT_BAR if tokens == PROMPT else None)
+            ratio, *_ = faster(
+                lambda b=batch: torch.nn.functional.linear(b, dense[0]),
+                lambda b=batch, w=weights[0]: native.linear(b, w, None),
+                repeats=5,
             )
+            rows.append(row(f"{tokens} tokens, {name}, A16", ratio, PROMPT_BAR if tokens == PROMPT else None))
     show(rows, arguments.json)
 
 
