@@ -26,9 +26,9 @@ def seconds_of(work):
 
 
 def faster(reference, ours, repeats=15):
-    """How many times faster `ours` is: the median of ratios of neighbouring runs, since a shared machine's speed drifts.
+    """How many times faster `ours` is, and the median seconds of each.
 
-    Also the median seconds of each.
+    The median of the ratios of neighbouring runs, since the speed of a shared machine drifts.
     """
     reference(), ours()
     pairs = [(seconds_of(reference), seconds_of(ours)) for _ in range(repeats)]
@@ -92,9 +92,8 @@ def main():
             ratio, reference, seconds = faster(plain, packed)
             ratio *= len(weights) / len(dense)
             rows.append(row(f"one token, {name}, A{act_bits}", ratio, BARS.get((name, act_bits))))
-            note(
-                f"{rows[-1]['name']}: {1e3 * seconds / len(weights):.2f} ms, float32 {1e3 * reference / len(dense):.2f} ms"
-            )
+            ours, theirs = 1e3 * seconds / len(weights), 1e3 * reference / len(dense)
+            note(f"{rows[-1]['name']}: {ours:.2f} ms, float32 {theirs:.2f} ms")
             if act_bits == 8:
                 share, reading, _ = faster(memory.sum, packed)
                 share *= stored / memory.nbytes
