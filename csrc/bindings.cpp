@@ -1,4 +1,4 @@
-// Python bindings: addresses of tensors in, checked by the caller (kernels/cpu.py).
+// Python bindings: addresses of tensors in, checked by the caller (kernels/native.py).
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/variant.h>

@@ -16,7 +16,7 @@ from transformers.models.qwen3 import Qwen3Config
 torch.set_num_threads(1)  # the models are so small that a second thread only costs
 
 VOCABULARY = 258  # the bytes, <s>, </s>
-_LLAMA_LIKE = {
+LLAMA_LIKE = {
     "hidden_size": 192,  # a block of 128 and a shorter one of 64
     "intermediate_size": 320,
     "num_attention_heads": 6,
@@ -29,10 +29,10 @@ _LLAMA_LIKE = {
     "pad_token_id": 257,
 }
 CONFIGS = {
-    "llama": lambda: LlamaConfig(**_LLAMA_LIKE, tie_word_embeddings=True),
-    "mistral": lambda: MistralConfig(**_LLAMA_LIKE, sliding_window=48),
-    "qwen2": lambda: Qwen2Config(**_LLAMA_LIKE),
-    "qwen3": lambda: Qwen3Config(**_LLAMA_LIKE, head_dim=32),
+    "llama": lambda: LlamaConfig(**LLAMA_LIKE, tie_word_embeddings=True),
+    "mistral": lambda: MistralConfig(**LLAMA_LIKE, sliding_window=48),
+    "qwen2": lambda: Qwen2Config(**LLAMA_LIKE),
+    "qwen3": lambda: Qwen3Config(**LLAMA_LIKE, head_dim=32),
     "opt": lambda: OPTConfig(
         hidden_size=192,
         ffn_dim=320,

@@ -21,19 +21,12 @@ from bellbit.exporting import export_gguf
 from bellbit.packed.gguf_export import export
 from bellbit.packed.gguf_types import TYPES, choose, pack_q6_k
 from bellbit.packed.linear import packed_linears
-from conftest import VOCABULARY
+from conftest import LLAMA_LIKE, VOCABULARY
 
-_WIDTHS = {
+_WIDTHS = LLAMA_LIKE | {
     "hidden_size": 256,
     "intermediate_size": 384,
     "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "num_hidden_layers": 2,
-    "vocab_size": VOCABULARY,
-    "max_position_embeddings": 512,
-    "bos_token_id": 256,
-    "eos_token_id": 257,
-    "pad_token_id": 257,
     "initializer_range": 0.06,  # logits of standard deviation 1; llama.cpp rounds activations to 8 bits itself
 }
 NOT_GIVEN = -30.0  # log-probability of a token that llama.cpp does not list

@@ -58,11 +58,11 @@ class Decoder:
         """model: one that `supports` is true of; its tensors are used where they lie."""
         config, blocks = model.config, model.model.layers
         attention = blocks[0].self_attn
-        self.vocabulary, self.blocks = config.vocab_size, len(blocks)
+        self.vocabulary = config.vocab_size
         positions = torch.arange(capacity)[None]
         cosines, sines = model.model.rotary_emb(torch.empty(0, dtype=torch.float32), positions)
         embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
-        self._kept = [cosines[0].contiguous(), sines[0].contiguous()]  # the decoder has only their addresses
+        self._kept: list[Tensor] = []  # the decoder has only their addresses
         self._decoder = native.decoder(
             heads=config.num_attention_heads,
             key_heads=config.num_key_value_heads,
@@ -70,8 +70,8 @@ class Decoder:
             epsilon=config.rms_norm_eps,
             scale=attention.scaling,
             capacity=capacity,
-            cosines=self._address(self._kept[0]),
-            sines=self._address(self._kept[1]),
+            cosines=self._address(cosines[0]),
+            sines=self._address(sines[0]),
             embedding=native.dense_weight(embedding),
             norm=self._address(model.model.norm.weight),
             head=native.layer(native.dense_weight(head.weight), 0, 16, "token"),

@@ -114,10 +114,10 @@ def check_packed(stored: Mapping[str, StoredTensor], quantization: Mapping[str, 
                 )
 
 
-def verify(files: Iterable[Path], quantization: Mapping[str, Any], expected: Iterable[str]) -> None:
+def verify(files: Iterable[Path], quantization: Mapping[str, Any], expected: Iterable[str]) -> dict[str, StoredTensor]:
     """Check a checkpoint against its `quantization_config` before anything is loaded from it.
 
-    expected: names of all tensors that the model takes from it.
+    expected: names of all tensors that the model takes from it. Returns what is stored, by name.
     Raises BellbitError naming the first tensor that is missing, cut, misshapen, or whose bytes have changed.
     """
     stored = read_headers(files)
@@ -138,6 +138,7 @@ def verify(files: Iterable[Path], quantization: Mapping[str, Any], expected: Ite
                     view.release()
                     raise BellbitError(f"{file}: the bytes of tensor {name!r} are not those that were written")
             view.release()
+    return stored
 
 
 def module_layout(

@@ -13,7 +13,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from bellbit.errors import BellbitError
-from bellbit.packed.checkpoint import FORMAT_VERSION, check_config, module_layout, read_headers, verify
+from bellbit.packed.checkpoint import FORMAT_VERSION, check_config, module_layout, verify
 from bellbit.packed.half import keep_half, settle_half
 from bellbit.packed.linear import PackedLinear
 
@@ -87,8 +87,7 @@ class BellbitQuantizer(HfQuantizer):  # type: ignore[misc]
             model.set_submodule(name, packed_layer)
         expected = set(model.state_dict()) - set(getattr(model, "all_tied_weights_keys", ()))
         files = [Path(file) for file in checkpoint_files or ()]
-        verify(files, described, expected)
-        keep_half(model, read_headers(files))
+        keep_half(model, verify(files, described, expected))
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
         settle_half(model)
