@@ -3,7 +3,6 @@
 Layers of 4096 × 11008, several of them in turn, so that neither the dense nor the packed ones stay in a cache.
 """
 
-import statistics
 import time
 
 import torch
@@ -25,15 +24,15 @@ def seconds_of(work):
     return time.perf_counter() - start
 
 
-def faster(reference, ours, repeats=15):
-    """How many times faster `ours` is, and the median seconds of each.
+def rounds(works, repeats):
+    """Seconds of each work, (repeats): all in turn, again and again, since the speed of a shared machine drifts."""
+    for work in works:
+        work()
+    return torch.tensor([[seconds_of(work) for work in works] for _ in range(repeats)], dtype=torch.float64).T
 
-    The median of the ratios of neighbouring runs, since the speed of a shared machine drifts.
-    """
-    reference(), ours()
-    pairs = [(seconds_of(reference), seconds_of(ours)) for _ in range(repeats)]
-    ratio = statistics.median(slow / fast for slow, fast in pairs)
-    return ratio, *(statistics.median(column) for column in zip(*pairs, strict=True))
+
+def median_ratio(slow, fast):
+    return float((slow / fast).median())
 
 
 def random_bytes(*shape):
@@ -45,8 +44,7 @@ def codebook2():
         shape=(ROWS, COLUMNS),
         block_size=128,
         scale_bits=16,
-        signs=random_bytes(ROWS, COLUMNS // 8),
-        second=random_bytes(ROWS, COLUMNS // 8),
+        codes=random_bytes(ROWS, COLUMNS // 4),
         scales=torch.rand(ROWS, COLUMNS // 128, 7).half(),
         salient=random_bytes(COLUMNS // 8),
     )
@@ -81,34 +79,39 @@ def main():
         for weight in dense:
             torch.nn.functional.linear(x, weight)
 
-    for name, weights in layouts.items():
-        stored = sum(tensor.nbytes for weight in weights for tensor in weight.tensors.values())
-        for act_bits in (16, 8):
+    def packed(batch, weights, act_bits):
+        def run():
+            for weight in weights:
+                native.linear(batch, weight, None, act_bits)
 
-            def packed(weights=weights, act_bits=act_bits):
-                for weight in weights:
-                    native.linear(x, weight, None, act_bits)
+        return run
 
-            ratio, reference, seconds = faster(plain, packed)
-            ratio *= len(weights) / len(dense)
-            rows.append(row(f"one token, {name}, A{act_bits}", ratio, BARS.get((name, act_bits))))
-            ours, theirs = 1e3 * seconds / len(weights), 1e3 * reference / len(dense)
-            note(f"{rows[-1]['name']}: {ours:.2f} ms, float32 {theirs:.2f} ms")
-            if act_bits == 8:
-                share, reading, _ = faster(memory.sum, packed)
-                share *= stored / memory.nbytes
-                bar = BANDWIDTH_BAR if name == "sign128" else None
-                rows.append(row(f"one token, {name}, A8: share of read bandwidth", share, bar))
-                note(f"memory is read at {memory.nbytes / reading / 1e9:.1f} GB/s")
+    cases = [(name, act_bits) for name in layouts for act_bits in (16, 8)]
+    works = [plain, memory.sum, *(packed(x, layouts[name], act_bits) for name, act_bits in cases)]
+    reference, reading, *measured = rounds(works, repeats=41)
+    reference, speed = reference / len(dense), memory.nbytes / reading
+    note(
+        f"float32: {1e3 * float(reference.median()):.2f} ms a layer; memory is read at {speed.median() / 1e9:.1f} GB/s"
+    )
+    for (name, act_bits), seconds in zip(cases, measured, strict=True):
+        weights = layouts[name]
+        each = seconds / len(weights)
+        what = f"one token, {name}, A{act_bits}"
+        note(f"{what}: {1e3 * float(each.median()):.2f} ms a layer")
+        rows.append(row(what, median_ratio(reference, each), BARS.get((name, act_bits))))
+        if act_bits == 8:
+            stored = sum(tensor.nbytes for weight in weights for tensor in weight.tensors.values())
+            bar = BANDWIDTH_BAR if name == "sign128" else None
+            rows.append(row(f"{what}: share of read bandwidth", median_ratio(stored / seconds, speed), bar))
     for tokens in (2, 4, 8, 16, PROMPT):
         batch = torch.randn(tokens, COLUMNS)
-        for name, weights in layouts.items():
-            ratio, *_ = faster(
-                lambda b=batch: torch.nn.functional.linear(b, dense[0]),
-                lambda b=batch, w=weights[0]: native.linear(b, w, None),
-                repeats=5,
-            )
-            rows.append(row(f"{tokens} tokens, {name}, A16", ratio, PROMPT_BAR if tokens == PROMPT else None))
+        works = [packed(batch, weights[:1], 16) for weights in layouts.values()]
+        reference, *measured = rounds(
+            [lambda batch=batch: torch.nn.functional.linear(batch, dense[0]), *works], repeats=9
+        )
+        for name, seconds in zip(layouts, measured, strict=True):
+            bar = PROMPT_BAR if tokens == PROMPT else None
+            rows.append(row(f"{tokens} tokens, {name}, A16", median_ratio(reference, seconds), bar))
     show(rows, arguments.json)
 
 

@@ -12,16 +12,25 @@ struct Avx512 {
   using X = __m512i;
   using W = __m512i;  // the 32 bits in every lane
   using B = __mmask64;
-  using T = __m512;  // the eight entries twice
-  struct C { __m512i low, high; };
+  struct Digits { __m512i low, high; };  // 16 entries, in each quarter
 
   static F zero() { return _mm512_setzero_ps(); }
   static F set1(float value) { return _mm512_set1_ps(value); }
-  static F load(const float* p) { return _mm512_loadu_ps(p); }
+  static F load(const float* p) { F a = _mm512_loadu_ps(p); asm("" : "+v"(a)); return a; }
   static void store(float* p, F a) { _mm512_storeu_ps(p, a); }
   static F add(F a, F b) { return _mm512_add_ps(a, b); }
   static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
   static float reduce(F a) { return _mm512_reduce_add_ps(a); }
+  // By their bits: those of a NaN are larger than all others.
+  static F max_abs(F a, F b) {
+    return _mm512_castsi512_ps(_mm512_max_epi32(_mm512_castps_si512(a), _mm512_castps_si512(_mm512_abs_ps(b))));
+  }
+  static float reduce_max(F a) {
+    const int32_t bits = _mm512_reduce_max_epi32(_mm512_castps_si512(a));
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+  }
 
   static __m512i word(const uint8_t* bits) {
     int32_t word;
@@ -42,7 +51,7 @@ struct Avx512 {
   }
 
   static I izero() { return _mm512_setzero_si512(); }
-  static X load8(const int8_t* p) { return _mm512_loadu_si512(p); }
+  static X load8(const int8_t* p) { X a = _mm512_loadu_si512(p); asm("" : "+v"(a)); return a; }
   static I iload(const int32_t* p) { return _mm512_loadu_si512(p); }
   static I sub(I a, I b) { return _mm512_sub_epi32(a, b); }
   static B bits8(const uint8_t* bits) {
@@ -76,6 +85,9 @@ struct Avx512 {
     for (; i + kLanes <= count; i += kLanes) store(out + i, from_half(p + i));
     for (; i < count; i++) out[i] = half(p[i]);
   }
+  static void eight_halves(const uint16_t* p, float* out) {
+    _mm256_storeu_ps(out, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  }
   static F from_half(const uint16_t* p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   }
@@ -84,34 +96,68 @@ struct Avx512 {
     return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
   }
 
-  // (base ± first) ± second, as docs/format.md orders the scales and the codes 4·salient + 2·second + sign
-  static T table(const float* scales) {
-    const __m512 s = _mm512_castps256_ps512(_mm256_loadu_ps(scales));
-    const __m512i bases = _mm512_setr_epi32(0, 0, 2, 2, 4, 4, 4, 4, 0, 0, 2, 2, 4, 4, 4, 4);
-    const __m512i firsts = _mm512_setr_epi32(1, 1, 3, 3, 5, 5, 5, 5, 1, 1, 3, 3, 5, 5, 5, 5);
+  // Of scales a and b: (base ± first) ± second, as docs/format.md orders the scales and the entries 4·salient + code.
+  static F table(const float* a, const float* b) {
+    return table_at<8>(_mm512_insertf32x8(_mm512_castps256_ps512(_mm256_loadu_ps(a)), _mm256_loadu_ps(b), 1));
+  }
+  // Of seven scales and the seven behind them; reads 16.
+  static F pair_table(const uint16_t* halves) { return table_at<7>(from_half(halves)); }
+  template <int Next>
+  static F table_at(__m512 s) {
+    constexpr int N = Next;
+    const __m512i bases =
+        _mm512_setr_epi32(0, 0, 2, 2, 4, 4, 4, 4, N, N, N + 2, N + 2, N + 4, N + 4, N + 4, N + 4);
+    const __m512i firsts =
+        _mm512_setr_epi32(1, 1, 3, 3, 5, 5, 5, 5, N + 1, N + 1, N + 3, N + 3, N + 5, N + 5, N + 5, N + 5);
+    const __m512i seconds =
+        _mm512_setr_epi32(6, 6, 6, 6, 6, 6, 6, 6, N + 6, N + 6, N + 6, N + 6, N + 6, N + 6, N + 6, N + 6);
     const __m512 base = _mm512_permutexvar_ps(bases, s), first = _mm512_permutexvar_ps(firsts, s);
-    const __m512 second = _mm512_permutexvar_ps(_mm512_set1_epi32(6), s);
-    const __m512 one = _mm512_mask_sub_ps(_mm512_add_ps(base, first), 0x5555, base, first);
-    const __m512 two = _mm512_mask_sub_ps(one, 0x3030, one, second);
-    return _mm512_mask_add_ps(two, 0xC0C0, two, second);
+    const __m512 second = _mm512_permutexvar_ps(seconds, s);
+    const __m512 ones = _mm512_setr_ps(-1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1);
+    const __m512 twos = _mm512_setr_ps(0, 0, 0, 0, -1, -1, 1, 1, 0, 0, 0, 0, -1, -1, 1, 1);
+    return _mm512_fmadd_ps(second, twos, _mm512_fmadd_ps(first, ones, base));
   }
-  // Rotated so that the lane's salient bit is bit 2. A permutation reads the lowest four bits and the table is there
-  // twice, so that all other bits may be anything.
-  static C columns(const uint8_t* salient) {
-    const __m512i bits = word(salient);
-    return {_mm512_rorv_epi32(bits, lanes(30)), _mm512_rorv_epi32(bits, lanes(46))};
+  // The two lowest bits of a, the others of b.
+  static __m512i join(__m512i a, const void* b, __m512i lowest) {
+    return _mm512_ternarylogic_epi32(a, lowest, _mm512_loadu_si512(b), 0xE2);
   }
-  static F lookup16(T t, __m512i column, __m512i second, __m512i sign, int first) {
-    constexpr int kSelect = 0xCA;  // bits of the second operand where the first has ones, else of the third
-    const __m512i zero = _mm512_srlv_epi32(sign, lanes(first)), one = _mm512_rorv_epi32(second, lanes(first + 31));
-    const __m512i both = _mm512_ternarylogic_epi32(_mm512_set1_epi32(1), zero, one, kSelect);
-    return _mm512_permutexvar_ps(_mm512_ternarylogic_epi32(_mm512_set1_epi32(3), both, column, kSelect), t);
+  template <int J>
+  static F pick(F table, X codes, const int32_t* index) {
+    const __m512i at = join(_mm512_srli_epi32(codes, 2 * J), index, _mm512_set1_epi32(3));
+    return _mm512_permutexvar_ps(at, table);
   }
-  static void lookup(T t, const C& columns, const uint8_t* second, const uint8_t* signs, F (&out)[2]) {
-    const __m512i one = word(signs), two = word(second);
-    out[0] = lookup16(t, columns.low, two, one, 0);
-    out[1] = lookup16(t, columns.high, two, one, 16);
+  static F pick16(F table, uint32_t codes, const int32_t* index) {
+    const __m512i all = _mm512_set1_epi32(static_cast<int32_t>(codes));
+    const __m512i shifted = _mm512_srlv_epi32(all, _mm512_slli_epi32(lanes(0), 1));
+    return _mm512_permutexvar_ps(join(shifted, index, _mm512_set1_epi32(3)), table);
   }
+#ifdef BELLBIT_VNNI
+  static constexpr int kLowBits = 8, kBias = 128, kLargest = 32767;
+  static I dot_low(I acc, X low, X x) { return _mm512_dpbusd_epi32(acc, low, x); }
+  static I dot_high(I acc, X high, X x) { return _mm512_dpbusd_epi32(acc, high, x); }
+#else
+  // Pairs of products are added in 16 bits: factors of ±127 at most.
+  static constexpr int kLowBits = 7, kBias = 0, kLargest = 127 * 128 - 1;
+  static I dot_low(I acc, X low, X x) {
+    return _mm512_add_epi32(acc, _mm512_madd_epi16(_mm512_maddubs_epi16(low, x), _mm512_set1_epi16(1)));
+  }
+  static I dot_high(I acc, X high, X x) {
+    const __m512i turned = _mm512_mask_sub_epi8(high, _mm512_movepi8_mask(x), izero(), high);
+    return dot_low(acc, _mm512_abs_epi8(x), turned);
+  }
+#endif
+  static Digits digits(F table, F scale) {
+    __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(table, scale));
+    whole = _mm512_add_epi32(whole, _mm512_set1_epi32(kBias << kLowBits));
+    const __m512i low = _mm512_and_si512(whole, _mm512_set1_epi32((1 << kLowBits) - 1));
+    const __m512i high = _mm512_srai_epi32(whole, kLowBits);
+    return {_mm512_broadcast_i32x4(_mm512_cvtepi32_epi8(low)), _mm512_broadcast_i32x4(_mm512_cvtepi32_epi8(high))};
+  }
+  template <int K>
+  static X digit_index(X codes, const int8_t* index) {
+    return join(_mm512_srli_epi32(codes, 2 * K), index, _mm512_set1_epi8(3));
+  }
+  static X digit(__m512i digits, X index) { return _mm512_shuffle_epi8(digits, index); }
 };
 
 }  // namespace

@@ -47,13 +47,13 @@ NB_MODULE(_kernels, m) {
   nb::class_<Codebook>(m, "Codebook")
       .def(
           "__init__",
-          [](Codebook* self, Address signs, Address second, Address salient, int64_t rows, int64_t columns,
-             int64_t block_size, Address scales, Address exponents) {
-            new (self) Codebook{at<const uint8_t>(signs), at<const uint8_t>(second), at<const uint8_t>(salient), rows,
-                                columns, block_size, at<const void>(scales), at<const uint8_t>(exponents)};
+          [](Codebook* self, Address codes, Address salient, int64_t rows, int64_t columns, int64_t block_size,
+             Address scales, Address exponents) {
+            new (self) Codebook{at<const uint8_t>(codes), at<const uint8_t>(salient), rows, columns, block_size,
+                                at<const void>(scales), at<const uint8_t>(exponents)};
           },
-          nb::arg("signs"), nb::arg("second"), nb::arg("salient"), nb::arg("rows"), nb::arg("columns"),
-          nb::arg("block_size"), nb::arg("scales"), nb::arg("exponents"));
+          nb::arg("codes"), nb::arg("salient"), nb::arg("rows"), nb::arg("columns"), nb::arg("block_size"),
+          nb::arg("scales"), nb::arg("exponents"));
 
   nb::class_<Dense>(m, "Dense")
       .def(

@@ -40,11 +40,13 @@ void compare(const char* isa, const char* what, int64_t rows, int64_t columns, c
     }
 }
 
-// Multiplies with values, and with codes of each limit, and unpacks; all against `dense`.
+// Multiplies with values, and with codes of each limit, and unpacks; all against `dense`. rounding: with codes, how far
+// at most the weights of each row are rounded first.
 template <class W>
 void check(const Kernels& k, const char* what, const W& w, const std::vector<double>& dense,
            void (*multiply)(const W&, const Activations&, const float*, float*, int64_t, int64_t),
-           void (*unpack)(const W&, float*, int64_t, int64_t), bool codes_too) {
+           void (*unpack)(const W&, float*, int64_t, int64_t), bool codes_too,
+           const std::vector<double>& rounding = {}) {
   const int64_t blocks = (w.columns + kBlock - 1) / kBlock, stride = blocks * kBlock;
   if (unpack) {
     std::vector<float> out(static_cast<size_t>(w.rows * w.columns));
@@ -60,8 +62,9 @@ void check(const Kernels& k, const char* what, const W& w, const std::vector<dou
       std::vector<float> x(static_cast<size_t>(tokens * w.columns)), y(static_cast<size_t>(tokens * w.rows));
       std::vector<float> bias(static_cast<size_t>(w.rows)), values(codes ? 0 : padded), sums(codes ? 0 : lanes),
           steps(static_cast<size_t>(tokens));
-      std::vector<int8_t> integers(codes ? padded : 0), salient(codes ? padded : 0);
-      std::vector<int32_t> totals(codes ? lanes : 0), salient_totals(codes ? lanes : 0);
+      std::vector<int8_t> integers(codes ? padded : 0), arranged_codes;
+      std::vector<int32_t> totals(codes ? lanes : 0), index, start;
+      std::vector<float> arranged_values;
       for (auto& v : x) v = uniform();
       for (auto& v : bias) v = uniform();
       k.prepare(x.data(), tokens, w.columns, limit, false, codes ? nullptr : values.data(),
@@ -82,14 +85,24 @@ void check(const Kernels& k, const char* what, const W& w, const std::vector<dou
             const double value = codes ? integers[at] * static_cast<double>(steps[static_cast<size_t>(m)]) : values[at];
             sum += value * dense[static_cast<size_t>(r * w.columns + c)];
             size += std::fabs(value * dense[static_cast<size_t>(r * w.columns + c)]);
+            if (codes && !rounding.empty()) size += 1e5 * std::fabs(value) * rounding[static_cast<size_t>(r)];
           }
           want[static_cast<size_t>(m * w.rows + r)] = sum;
           scale[static_cast<size_t>(m * w.rows + r)] = size;
         }
       if constexpr (std::is_same_v<W, Codebook>)
-        if (codes) {
-          k.split(w, a, integers.data(), totals.data(), salient.data(), salient_totals.data());
-          a.salient = salient.data(), a.salient_totals = salient_totals.data();
+        if (w.block_size % kBlock == 0) {
+          a.stride = (w.columns + kChunk - 1) / kChunk * kChunk;
+          const auto size = static_cast<size_t>(tokens * a.stride);
+          (codes ? arranged_codes.resize(size) : arranged_values.resize(size));
+          index.resize(static_cast<size_t>(codes ? a.stride / 4 : a.stride)), start.resize(tokens * kLanes);
+          Activations plain = a;
+          plain.stride = stride;
+          k.arrange(w, plain, a.stride, codes ? nullptr : arranged_values.data(), codes ? arranged_codes.data() : nullptr,
+                    index.data(), start.data());
+          if (codes) a.codes = arranged_codes.data();
+          else a.values = arranged_values.data();
+          a.index = index.data(), a.start = start.data();
         }
       multiply(w, a, bias.data(), y.data(), 0, w.rows);
       compare(k.name, what, w.rows, w.columns, y.data(), want.data(), scale.data(), tokens * w.rows);
@@ -150,14 +163,15 @@ void check_planes(const Kernels& k, int64_t rows, int64_t columns) {
 }
 
 void check_codebook(const Kernels& k, int64_t rows, int64_t columns, int64_t block_size, bool exponents) {
-  const int64_t blocks = (columns + block_size - 1) / block_size, width = (columns + 7) / 8;
-  std::vector<uint8_t> signs(static_cast<size_t>(rows * width)), second(signs.size()),
-      salient(static_cast<size_t>(width)), powers(static_cast<size_t>(rows * blocks));
-  for (auto* bits : {&signs, &second, &salient})
+  const int64_t blocks = (columns + block_size - 1) / block_size, width = (columns + 3) / 4;
+  std::vector<uint8_t> codes(static_cast<size_t>(rows * width)), salient(static_cast<size_t>((columns + 7) / 8)),
+      powers(static_cast<size_t>(rows * blocks));
+  for (auto* bits : {&codes, &salient})
     for (auto& b : *bits) b = byte();
   std::vector<uint16_t> halves(static_cast<size_t>(rows * blocks * 7));
   std::vector<int8_t> integers(halves.size());
   std::vector<double> scales(halves.size()), dense(static_cast<size_t>(rows * columns));
+  std::vector<double> rounding(static_cast<size_t>(rows));  // half of the largest table entry / 16255
   for (auto& p : powers) p = static_cast<uint8_t>(120 + rng() % 12);
   for (size_t i = 0; i < scales.size(); i++) {
     halves[i] = random_half(&scales[i]);
@@ -167,15 +181,23 @@ void check_codebook(const Kernels& k, int64_t rows, int64_t columns, int64_t blo
   for (int64_t r = 0; r < rows; r++)
     for (int64_t c = 0; c < columns; c++) {
       const double* s = scales.data() + (r * blocks + c / block_size) * 7;
-      const int one = bit(signs.data() + r * width, c) ? 1 : -1, two = bit(second.data() + r * width, c) ? 1 : -1;
+      const uint8_t* row = codes.data() + r * width;
+      const int one = bit(row, 2 * c) ? 1 : -1, two = bit(row, 2 * c + 1) ? 1 : -1;
       dense[static_cast<size_t>(r * columns + c)] = bit(salient.data(), c) ? s[4] + one * s[5] + two * s[6]
                                                     : two > 0              ? s[2] + one * s[3]
                                                                            : s[0] + one * s[1];
     }
-  const Codebook w{signs.data(), second.data(), salient.data(), rows, columns, block_size,
+  for (int64_t i = 0; i < rows * blocks; i++) {
+    const double* s = scales.data() + 7 * i;
+    const double largest = std::max({std::fabs(s[0]) + std::fabs(s[1]), std::fabs(s[2]) + std::fabs(s[3]),
+                                     std::fabs(s[4]) + std::fabs(s[5]) + std::fabs(s[6])});
+    double& row = rounding[static_cast<size_t>(i / blocks)];
+    row = std::max(row, 0.5 * largest / 16255);
+  }
+  const Codebook w{codes.data(), salient.data(), rows, columns, block_size,
                    exponents ? static_cast<const void*>(integers.data()) : halves.data(),
                    exponents ? powers.data() : nullptr};
-  check(k, "codebook2", w, dense, k.codebook, k.unpack_codebook, block_size == kBlock);
+  check(k, "codebook2", w, dense, k.codebook, k.unpack_codebook, block_size % kBlock == 0, rounding);
 }
 
 void check_dense(const Kernels& k, int64_t rows, int64_t columns) {
@@ -219,7 +241,7 @@ int main() {
     for (const int64_t columns : {1, 7, 17, 31, 33, 64, 100, 128, 129, 300, 576}) {
       for (const int64_t rows : {1, 5}) {
         check_planes(*list[i], rows, columns);
-        for (const int64_t block : {32, 96, 128})
+        for (const int64_t block : {32, 96, 128, 256, 384})
           for (const bool exponents : {false, true}) check_codebook(*list[i], rows, columns, block, exponents);
         check_dense(*list[i], rows, columns);
       }

@@ -6,6 +6,7 @@
 namespace bellbit {
 
 constexpr int64_t kBlock = 128;  // columns that activations are padded to, and that a scale of `Planes` covers
+constexpr int64_t kChunk = 256;  // columns that arranged activations are padded to
 constexpr int64_t kLanes = 16;   // floats that the kernels handle together
 
 // Where a grid's scale and zero point come from.
@@ -28,8 +29,8 @@ struct Planes {
 
 // Two bits into one of two 4-entry tables per row and block (layout codebook2).
 struct Codebook {
-  const uint8_t *signs, *second, *salient;
-  int64_t rows, columns, block_size;  // block_size: a multiple of 32
+  const uint8_t *codes, *salient;     // (rows, columns / 4), (columns / 8), both rounded up
+  int64_t rows, columns, block_size;  // block_size: a multiple of 16
   const void* scales;                 // float16, or int8 where `exponents` is given; (rows, blocks, 7)
   const uint8_t* exponents;
 };
@@ -49,23 +50,25 @@ struct Activations {
   const int8_t* codes;              // (tokens, stride); null if values are used
   const int32_t* totals;            // (tokens, blocks, kLanes): sums of codes
   const float* steps;               // (tokens): x = code · step
-  const int8_t* salient;            // codebook2: the codes of salient columns, which `codes` lacks
-  const int32_t* salient_totals;
+  // For `codebook`, if its blocks are multiples of kBlock, values and codes are in the order that csrc/codebook.h tells,
+  // in rows padded to a multiple of kChunk, and come with
+  const void* index;     // (stride), int32 for values, int8 for codes: what table entries depend on besides codes
+  const int32_t* start;  // (tokens, kLanes): what sums of codes start with
 };
 
 // One instruction set's kernels. Rows first … last of the weight; y is (tokens, rows of the weight).
 struct Kernels {
   const char* name;
   void (*planes)(const Planes&, const Activations&, const float* bias, float* y, int64_t first, int64_t last);
-  // Codes can only be used with blocks of kBlock columns.
+  // Codes can only be used if blocks are multiples of kBlock columns.
   void (*codebook)(const Codebook&, const Activations&, const float* bias, float* y, int64_t first, int64_t last);
   void (*dense)(const Dense&, const Activations&, const float* bias, float* y, int64_t first, int64_t last);
   // Float weights of rows first … last into out (last − first, columns).
   void (*unpack_planes)(const Planes&, float* out, int64_t first, int64_t last);
   void (*unpack_codebook)(const Codebook&, float* out, int64_t first, int64_t last);
-  // Moves the codes of salient columns, and their totals, into arrays of their own.
-  void (*split)(const Codebook&, const Activations&, int8_t* codes, int32_t* totals, int8_t* salient,
-                int32_t* salient_totals);
+  // Arranges values or codes, whichever is not null, for `codebook`, and gives what comes with them.
+  void (*arrange)(const Codebook&, const Activations&, int64_t stride, float* values, int8_t* codes, void* index,
+                  int32_t* start);
   // The floats of a 16-bit matrix of one row.
   void (*widen)(const Dense&, float* out);
   float (*dot)(const float* a, const float* b, int64_t count);

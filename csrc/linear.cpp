@@ -1,6 +1,7 @@
 #include "linear.h"
 
 #include <algorithm>
+#include <new>
 #include <type_traits>
 #include <vector>
 
@@ -8,6 +9,21 @@
 
 namespace bellbit {
 namespace {
+
+// A vector on whole cache lines: kernels read 64 bytes at a time, and a load from two lines takes twice as long.
+template <class T>
+struct LineAllocator {
+  using value_type = T;
+  LineAllocator() = default;
+  template <class U>
+  LineAllocator(const LineAllocator<U>&) {}
+  T* allocate(size_t count) { return static_cast<T*>(::operator new(count * sizeof(T), kLine)); }
+  void deallocate(T* p, size_t) { ::operator delete(p, kLine); }
+  bool operator==(const LineAllocator&) const = default;
+  static constexpr std::align_val_t kLine{64};
+};
+template <class T>
+using Lines = std::vector<T, LineAllocator<T>>;
 
 // Rows of a piece of work: some 10 µs of it, in fours, because kernels take rows together.
 int64_t grain(int64_t columns) { return std::max<int64_t>(4, (1 << 17) / std::max<int64_t>(columns, 1) / 4 * 4); }
@@ -20,34 +36,48 @@ auto kernel_of(const W&) {
 }
 
 bool takes_codes(const Planes&) { return true; }
-bool takes_codes(const Codebook& w) { return w.block_size == kBlock; }
+bool takes_codes(const Codebook& w) { return w.block_size % kBlock == 0; }
 bool takes_codes(const Dense&) { return false; }
+
+void arrange(const Codebook& w, Activations& x) {
+  thread_local Lines<float> values;
+  thread_local Lines<int8_t> codes;
+  thread_local Lines<int32_t> index, start;
+  const int64_t stride = (w.columns + kChunk - 1) / kChunk * kChunk;
+  const auto padded = static_cast<size_t>(x.tokens * stride);
+  index.resize(static_cast<size_t>(stride)), start.resize(static_cast<size_t>(x.tokens * kLanes));
+  if (x.codes) codes.resize(padded);
+  else values.resize(padded);
+  chosen().arrange(w, x, stride, x.codes ? nullptr : values.data(), x.codes ? codes.data() : nullptr, index.data(),
+                   start.data());
+  if (x.codes) x.codes = codes.data();
+  else x.values = values.data();
+  x.stride = stride, x.index = index.data(), x.start = start.data();
+}
 
 template <class W>
 void run(const W& w, const Input& in, const float* bias, float* y, int threads) {
   const bool codes = in.limit > 0 && takes_codes(w);
   const int64_t blocks = (w.columns + kBlock - 1) / kBlock, stride = blocks * kBlock;
-  const auto padded = static_cast<size_t>(in.tokens * stride), lanes = static_cast<size_t>(in.tokens * blocks * kLanes);
-  thread_local std::vector<float> values, sums, steps;
-  thread_local std::vector<int8_t> integers, salient;
-  thread_local std::vector<int32_t> totals, salient_totals;
+  const auto tokens = static_cast<size_t>(in.tokens), padded = tokens * static_cast<size_t>(stride);
+  const size_t lanes = tokens * static_cast<size_t>(blocks * kLanes);
+  thread_local Lines<float> values, sums, steps;
+  thread_local Lines<int8_t> integers;
+  thread_local Lines<int32_t> totals;
   Activations x{in.tokens, w.columns, stride, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
   if (codes) {
-    integers.resize(padded), totals.resize(lanes), steps.resize(static_cast<size_t>(in.tokens));
+    integers.resize(padded), totals.resize(lanes), steps.resize(tokens);
     chosen().prepare(in.x, in.tokens, w.columns, in.limit, in.shared, nullptr, nullptr, integers.data(), steps.data(),
                      totals.data());
     x.codes = integers.data(), x.totals = totals.data(), x.steps = steps.data();
-    if constexpr (std::is_same_v<W, Codebook>) {
-      salient.resize(padded), salient_totals.resize(lanes);
-      chosen().split(w, x, integers.data(), totals.data(), salient.data(), salient_totals.data());
-      x.salient = salient.data(), x.salient_totals = salient_totals.data();
-    }
   } else {
     values.resize(padded), sums.resize(lanes);
     chosen().prepare(in.x, in.tokens, w.columns, in.limit, in.shared, values.data(), sums.data(), nullptr, nullptr,
                      nullptr);
     x.values = values.data(), x.sums = sums.data();
   }
+  if constexpr (std::is_same_v<W, Codebook>)
+    if (w.block_size % kBlock == 0) arrange(w, x);
   struct Call {
     decltype(kernel_of(w)) kernel;
     const W& weight;

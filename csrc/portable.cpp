@@ -20,10 +20,9 @@ struct Portable {
   struct F { float lane[kLanes]; };
   struct I { int32_t lane[kLanes]; };
   struct X { int8_t lane[64]; };
-  struct T { float entry[8]; };
   using W = const uint8_t*;
   using B = uint64_t;
-  using C = const uint8_t*;
+  struct Digits { int8_t low[16], high[16]; };
 
   static bool bit(const uint8_t* bits, int64_t i) { return bits[i / 8] >> (i % 8) & 1; }
   template <class Make>
@@ -43,6 +42,14 @@ struct Portable {
     for (int width = kLanes / 2; width; width /= 2)
       for (int i = 0; i < width; i++) a.lane[i] += a.lane[i + width];
     return a.lane[0];
+  }
+  // A NaN is larger than all others.
+  static float most(float a, float b) { return a > b || std::isnan(a) ? a : b; }
+  static F max_abs(F a, F b) { return each([&](int i) { return most(a.lane[i], std::fabs(b.lane[i])); }); }
+  static float reduce_max(const F& a) {
+    float size = 0;
+    for (float lane : a.lane) size = most(size, lane);
+    return size;
   }
   static W signs(const uint8_t* bits) { return bits; }
   template <int Half>
@@ -89,19 +96,62 @@ struct Portable {
   static void halves(const uint16_t* p, float* out, int64_t count) {
     for (int64_t i = 0; i < count; i++) out[i] = float_from_half(p[i]);
   }
+  static void eight_halves(const uint16_t* p, float* out) { halves(p, out, 8); }
   static F from_half(const uint16_t* p) { return each([&](int i) { return float_from_half(p[i]); }); }
   static F from_bfloat(const uint16_t* p) {
     return each([&](int i) { return std::bit_cast<float>(static_cast<uint32_t>(p[i]) << 16); });
   }
 
-  static T table(const float* s) {
-    return {{s[0] - s[1], s[0] + s[1], s[2] - s[3], s[2] + s[3], s[4] - s[5] - s[6], s[4] + s[5] - s[6],
-             s[4] - s[5] + s[6], s[4] + s[5] + s[6]}};
+  // As docs/format.md orders the scales and the entries 4·salient + code.
+  static F table(const float* a, const float* b) {
+    return each([&](int i) {
+      const float* s = i < 8 ? a : b;
+      const float one = i & 1 ? 1 : -1, two = i & 2 ? 1 : -1;
+      if (i & 4) return s[4] + one * s[5] + two * s[6];
+      return i & 2 ? s[2] + one * s[3] : s[0] + one * s[1];
+    });
   }
-  static C columns(const uint8_t* salient) { return salient; }
-  static void lookup(const T& t, C salient, const uint8_t* second, const uint8_t* signs, F (&out)[2]) {
-    for (int i = 0; i < 2 * kLanes; i++)
-      out[i / kLanes].lane[i % kLanes] = t.entry[4 * bit(salient, i) + 2 * bit(second, i) + bit(signs, i)];
+  // Of seven scales and the seven behind them; reads 16.
+  static F pair_table(const uint16_t* p) {
+    float scales[16];
+    store(scales, from_half(p));
+    return table(scales, scales + 7);
+  }
+  template <int J>
+  static F pick(const F& table, const X& codes, const int32_t* index) {
+    return each([&](int i) {
+      uint32_t word = 0;
+      for (int k = 0; k < 4; k++) word |= static_cast<uint32_t>(static_cast<uint8_t>(codes.lane[4 * i + k])) << (8 * k);
+      return table.lane[(word >> (2 * J) & 3) | static_cast<uint32_t>(index[i])];
+    });
+  }
+  static F pick16(const F& table, uint32_t codes, const int32_t* index) {
+    return each([&](int i) { return table.lane[(codes >> (2 * i) & 3) | static_cast<uint32_t>(index[i])]; });
+  }
+  static constexpr int kLowBits = 7, kBias = 0, kLargest = 127 * 128 - 1;
+  static I dot_low(I acc, const X& low, const X& x) {
+    for (int i = 0; i < 64; i++) acc.lane[i % kLanes] += low.lane[i] * x.lane[i];
+    return acc;
+  }
+  static I dot_high(const I& acc, const X& high, const X& x) { return dot_low(acc, high, x); }
+  static Digits digits(const F& table, const F& scale) {
+    Digits out;
+    for (int i = 0; i < 16; i++) {
+      const int whole = static_cast<int>(std::nearbyint(table.lane[i] * scale.lane[i]));
+      out.low[i] = static_cast<int8_t>(whole & ((1 << kLowBits) - 1));
+      out.high[i] = static_cast<int8_t>(whole >> kLowBits);
+    }
+    return out;
+  }
+  template <int K>
+  static X digit_index(X codes, const int8_t* index) {
+    for (int i = 0; i < 64; i++)
+      codes.lane[i] = static_cast<int8_t>((static_cast<uint8_t>(codes.lane[i]) >> (2 * K) & 3) | index[i]);
+    return codes;
+  }
+  static X digit(const int8_t* digits, X index) {
+    for (int8_t& lane : index.lane) lane = digits[lane];
+    return index;
   }
 };
 

@@ -12,6 +12,9 @@ from bellbit.kernels import native
 pytestmark = pytest.mark.skipif(not native.available(), reason="built without a compiler")
 
 TOLERANCE = 1e-4  # of the largest logit; measured 2e-6
+# codebook2 with rounded activations: weights are rounded to 16 bits, so that now and then an activation of a later
+# layer gets a neighbouring code; measured 0.009
+ROUNDED_TOLERANCE = 0.03
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +57,8 @@ def test_logits_are_the_models(quantized, family, options):
         decoder.take_over(model(tokens[:, :10], use_cache=True).past_key_values)
     for position in range(10, 40):
         error = (decoder.step(int(tokens[0, position]), position) - expected[position]).abs().max()
-        assert float(error / expected.abs().max()) <= TOLERANCE
+        rounds = options.get("method") == "billm" and "act_bits" in options
+        assert float(error / expected.abs().max()) <= (ROUNDED_TOLERANCE if rounds else TOLERANCE)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])

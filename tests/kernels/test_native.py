@@ -11,7 +11,8 @@ from bellbit.packed.planes import Bellbox
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="built without a compiler")
 
-TOLERANCE = 1e-5  # of the largest output; measured 1.4e-6
+TOLERANCE = 1e-5  # of the largest output; measured 6e-7
+ROUNDED_TOLERANCE = 2e-4  # codebook2 with rounded activations: weights are rounded to 15 or 16 bits; measured 5e-5
 SHAPES = [(5, 128), (7, 576), (3, 100), (9, 2), (4, 17), (16, 300)]
 TOKENS = [1, 2, 5, 16, 17, 40]
 
@@ -43,9 +44,9 @@ def weights(rows, columns):
     return packed
 
 
-def check(actual, expected, what):
+def check(actual, expected, what, tolerance=TOLERANCE):
     error = float((actual - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
-    assert error <= TOLERANCE, f"{what}: {error:.2g}"
+    assert error <= tolerance, f"{what}: {error:.2g}"
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -63,7 +64,9 @@ def test_agrees_with_the_reference(instruction_set, shape):
                 else:
                     expected = reference.linear(x, weight, bias, act_bits, scope)
                 actual = native.linear(x, weight, bias, act_bits, scope)
-                check(actual, expected, (weight.layout, tokens, act_bits, scope))
+                rounds = weight.layout == "codebook2" and act_bits < 16
+                what = (weight.layout, tokens, act_bits, scope)
+                check(actual, expected, what, ROUNDED_TOLERANCE if rounds else TOLERANCE)
 
 
 def test_integer_sums_are_exact(instruction_set):

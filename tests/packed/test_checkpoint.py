@@ -58,7 +58,7 @@ def test_a_file_cut_inside_its_header_is_refused(copy, length):
 
 def test_an_altered_byte_is_refused_by_its_tensor(copy):
     file = copy / "model.safetensors"
-    name = "model.layers.1.mlp.up_proj.second"
+    name = "model.layers.1.mlp.up_proj.codes"
     position = read_header(file)[name].start + 7
     content = bytearray(file.read_bytes())
     content[position] ^= 16
@@ -84,7 +84,7 @@ def test_a_missing_tensor_that_is_not_quantized_is_named_too(copy):
 
 
 def test_a_misshapen_tensor_is_named(copy):
-    name = "model.layers.0.self_attn.q_proj.signs"
+    name = "model.layers.0.self_attn.q_proj.codes"
     rewrite(copy, lambda tensors: tensors.update({name: tensors[name][:, :-1].contiguous()}))
     refused(copy, f"tensor '{name}' is U8 .* but config.json makes it U8")
 
@@ -96,9 +96,10 @@ def edit_config(folder, change):
     path.write_text(json.dumps(config))
 
 
-def test_a_newer_format_is_refused(copy):
-    edit_config(copy, lambda q: q.update(format_version=99))
-    refused(copy, "format version 99, this bellbit reads up to 1: upgrade")
+@pytest.mark.parametrize(("version", "way_out"), [(99, "upgrade"), (None, "upgrade"), (1, "quantize again")])
+def test_another_format_is_refused(copy, version, way_out):
+    edit_config(copy, lambda q: q.update(format_version=version))
+    refused(copy, f"format version {version}, this bellbit reads 2: {way_out}")
 
 
 @pytest.mark.parametrize(
@@ -135,7 +136,7 @@ def header_of(file):
 def test_headers_that_make_no_sense_are_refused(copy, change):
     file = copy / "model.safetensors"
     header, data = header_of(file)
-    change(header["model.layers.1.mlp.up_proj.signs"])
+    change(header["model.layers.1.mlp.up_proj.codes"])
     encoded = json.dumps(header).encode()
     file.write_bytes(len(encoded).to_bytes(8, "little") + encoded + data)
     with pytest.raises(BellbitError, match="is no intact safetensors file"):

@@ -49,7 +49,7 @@ def supports(weight: PackedTensor) -> bool:
     if _kernels is None or not all(t.device.type == "cpu" and t.is_contiguous() for t in weight.tensors.values()):
         return False
     if isinstance(weight, Codebook2):
-        return weight.block_size % 32 == 0
+        return weight.block_size % 16 == 0
     return not isinstance(weight, Uniform) or weight.group_size == SIGN_BLOCK
 
 
@@ -60,7 +60,7 @@ def linear(x: Tensor, weight: PackedTensor, bias: Tensor | None, act_bits: int =
 
 
 _ARGUMENTS: dict[type[PackedTensor], Callable[[Any], tuple[Any, ...]]] = {
-    Codebook2: lambda w: (w.signs, w.second, w.salient, w.scales, w.exponents, w.shape[1], w.block_size),
+    Codebook2: lambda w: (w.codes, w.salient, w.scales, w.exponents, w.shape[1], w.block_size),
     Sign128: lambda w: (w.blocks, w.shape[1]),
     Bellbox: lambda w: (w.codes, w.scales, w.shape[1]),
     Uniform: lambda w: (w.codes, w.scales, w.zeros, w.shape[1]),
@@ -78,15 +78,14 @@ def _require(tensor: Tensor, dtype: torch.dtype, *shape: int) -> int:
 
 
 def _codebook2(
-    signs: Tensor, second: Tensor, salient: Tensor, scales: Tensor, exponents: Tensor | None, columns: int, block: int
+    codes: Tensor, salient: Tensor, scales: Tensor, exponents: Tensor | None, columns: int, block: int
 ) -> Any:
-    rows, width, blocks = len(signs), -(-columns // 8), -(-columns // block)
-    if block % 32:
-        raise ValueError(f"blocks of {block} columns are not possible; multiples of 32 are")
+    rows, blocks = len(codes), -(-columns // block)
+    if block % 16:
+        raise ValueError(f"blocks of {block} columns are not possible; multiples of 16 are")
     return _kernels.Codebook(
-        signs=_require(signs, torch.uint8, rows, width),
-        second=_require(second, torch.uint8, rows, width),
-        salient=_require(salient, torch.uint8, width),
+        codes=_require(codes, torch.uint8, rows, -(-columns // 4)),
+        salient=_require(salient, torch.uint8, -(-columns // 8)),
         rows=rows,
         columns=columns,
         block_size=block,
@@ -229,15 +228,15 @@ def _by_panels(unpack: Callable[[Tensor, int], None], x: Tensor, rows: int, bias
     return y if bias is None else y.add_(bias)
 
 
-def _define(name: str, arguments: str, build: Callable[..., Any], rotates: bool = False) -> None:
+def _define(name: str, arguments: str, build: Callable[..., Any], rows_axis: int, rotates: bool = False) -> None:
     """Register an operator that multiplies by a weight.
 
     arguments: its stored tensors, `columns`, and options behind. build: makes of them what the kernels take.
+    rows_axis: of the first tensor, the one of the weight's rows.
     """
     _LIBRARY.define(f"{name}(Tensor x, {arguments}, Tensor? bias, int act_bits, bool shared_step) -> Tensor")
     names = [argument.split()[1] for argument in arguments.split(", ")]
     at_columns = names.index("columns")
-    rows_axis = 1 if names[0] == "codes" else 0
 
     def run(x: Tensor, *stored: Any) -> Tensor:
         *weight, bias, act_bits, shared = stored
@@ -293,9 +292,10 @@ if _kernels is not None:
     torch.library.register_fake("bellbit::hadamard", torch.empty_like, lib=_LIBRARY)
     _define(
         "codebook2",
-        "Tensor signs, Tensor second, Tensor salient, Tensor scales, Tensor? exponents, int columns, int block_size",
+        "Tensor codes, Tensor salient, Tensor scales, Tensor? exponents, int columns, int block_size",
         _codebook2,
+        rows_axis=0,
     )
-    _define("sign128", "Tensor blocks, int columns", _sign128)
-    _define("uniform", "Tensor codes, Tensor scales, Tensor zeros, int columns", _uniform)
-    _define("bellbox", "Tensor codes, Tensor scales, int columns", _bellbox, rotates=True)
+    _define("sign128", "Tensor blocks, int columns", _sign128, rows_axis=0)
+    _define("uniform", "Tensor codes, Tensor scales, Tensor zeros, int columns", _uniform, rows_axis=1)
+    _define("bellbox", "Tensor codes, Tensor scales, int columns", _bellbox, rows_axis=1, rotates=True)

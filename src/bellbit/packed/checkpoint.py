@@ -23,7 +23,7 @@ from bellbit.errors import BellbitError
 from bellbit.packed.layouts import LAYOUTS
 from bellbit.packed.tensor import PackedTensor
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MAX_SHARD_SIZE = "4GB"
 _CHECKSUMS = "crc32"
 _DTYPE_NAMES = {torch.uint8: "U8", torch.int8: "I8", torch.float16: "F16", torch.float32: "F32"}
@@ -163,11 +163,12 @@ def module_layout(
 
 
 def check_config(quantization: Mapping[str, Any]) -> None:
-    """Raise BellbitError for a `quantization_config` of a newer format, or one that makes no sense."""
+    """Raise BellbitError for a `quantization_config` of another format version, or one that makes no sense."""
     version = quantization.get("format_version")
-    if not isinstance(version, int) or version > FORMAT_VERSION:
+    if version != FORMAT_VERSION:
+        way_out = "quantize again" if isinstance(version, int) and version < FORMAT_VERSION else "upgrade bellbit"
         raise BellbitError(
-            f"this checkpoint has format version {version}, this bellbit reads up to {FORMAT_VERSION}: upgrade bellbit"
+            f"this checkpoint has format version {version}, this bellbit reads {FORMAT_VERSION}: {way_out}"
         )
     modules = quantization.get("modules")
     if not isinstance(modules, dict) or not modules:

@@ -57,8 +57,8 @@ def round_scales(scales: Tensor, scale_bits: int) -> Tensor:
 class Codebook2(PackedTensor):
     """Two bits a weight into 4-entry tables per row and block of columns: every BRAQ result.
 
-    signs: uint8 (out, ⌈in/8⌉), sign of the first binary term.
-    second: uint8 (out, ⌈in/8⌉), the group of an ordinary weight, the second sign of a salient one.
+    codes: uint8 (out, ⌈in/4⌉), two bits a column, least significant first: the sign of the first binary term; the group
+        of an ordinary weight, the second sign of a salient one.
     scales: float16 (out, blocks, 7), or int8 with `exponents`; in the order of `core.binarize`.
     exponents: uint8 (out, blocks) with scale_bits 8, else absent.
     salient: uint8 (⌈in/8⌉,), the salient columns.
@@ -69,8 +69,7 @@ class Codebook2(PackedTensor):
     nominal_from: ClassVar[tuple[str, ...]] = ("salient",)
     block_size: int
     scale_bits: int
-    signs: Tensor
-    second: Tensor
+    codes: Tensor
     scales: Tensor
     salient: Tensor
     exponents: Tensor | None = field(default=None)
@@ -78,22 +77,22 @@ class Codebook2(PackedTensor):
     @classmethod
     def spec(cls, shape: tuple[int, int], options: Mapping[str, Any]) -> dict[str, TensorSpec]:
         rows, columns = shape
-        width, count = packed_width(columns), -(-columns // options["block_size"])
+        count = -(-columns // options["block_size"])
         wide = options["scale_bits"] == 16
         spec = {
-            "signs": TensorSpec((rows, width), torch.uint8, "signs"),
-            "second": TensorSpec((rows, width), torch.uint8, "bitmap"),
-            "scales": TensorSpec((rows, count, SCALES_PER_ROW), torch.float16 if wide else torch.int8, "scales"),
-            "salient": TensorSpec((width,), torch.uint8, "bitmap"),
+            "codes": TensorSpec((rows, packed_width(2 * columns)), torch.uint8, ("signs", "bitmap")),
+            "scales": TensorSpec((rows, count, SCALES_PER_ROW), torch.float16 if wide else torch.int8, ("scales",)),
+            "salient": TensorSpec((packed_width(columns),), torch.uint8, ("bitmap",)),
         }
         if not wide:
-            spec["exponents"] = TensorSpec((rows, count), torch.uint8, "scales")
+            spec["exponents"] = TensorSpec((rows, count), torch.uint8, ("scales",))
         return spec
 
     @classmethod
     def pack(cls, parts: list[BinarizedBlock], block_size: int, scale_bits: int = 16) -> Codebook2:
         """From the blocks of one weight, left to right."""
         signs = torch.cat([part.signs for part in parts], dim=1)
+        second = torch.cat([part.second for part in parts], dim=1)
         scales = torch.stack([part.scales for part in parts], dim=1)
         exponents = None
         if scale_bits == 8:
@@ -102,8 +101,7 @@ class Codebook2(PackedTensor):
             shape=(signs.shape[0], signs.shape[1]),
             block_size=block_size,
             scale_bits=scale_bits,
-            signs=pack_bits(signs),
-            second=pack_bits(torch.cat([part.second for part in parts], dim=1)),
+            codes=pack_bits(torch.stack((signs, second), dim=-1).flatten(-2)),
             scales=scales.half() if scale_bits == 16 else scales,
             salient=pack_bits(torch.cat([part.salient for part in parts])),
             exponents=exponents,
@@ -111,7 +109,7 @@ class Codebook2(PackedTensor):
 
     def dequantize(self) -> Tensor:
         columns = self.shape[1]
-        signs, second = unpack_bits(self.signs, columns), unpack_bits(self.second, columns)
+        signs, second = unpack_bits(self.codes, 2 * columns).unflatten(-1, (-1, 2)).unbind(dim=-1)
         salient = unpack_bits(self.salient, columns)
         scales = self.scales.float() if self.exponents is None else from_shared_exponent(self.scales, self.exponents)
         parts = [

@@ -47,9 +47,9 @@ class Uniform(PackedTensor):
         rows, columns = shape
         groups = -(-columns // options["group_size"])
         return {
-            "codes": TensorSpec((options["width"], rows, packed_width(columns)), torch.uint8, "codes"),
-            "scales": TensorSpec((rows, groups), torch.float16, "scales"),
-            "zeros": TensorSpec((rows, groups), torch.uint8, "scales"),
+            "codes": TensorSpec((options["width"], rows, packed_width(columns)), torch.uint8, ("codes",)),
+            "scales": TensorSpec((rows, groups), torch.float16, ("scales",)),
+            "zeros": TensorSpec((rows, groups), torch.uint8, ("scales",)),
         }
 
     @classmethod
@@ -96,7 +96,7 @@ class Sign128(PackedTensor):
     def spec(cls, shape: tuple[int, int], options: Mapping[str, Any]) -> dict[str, TensorSpec]:
         rows, columns = shape
         row_bytes = _SCALE_BYTES * -(-columns // SIGN_BLOCK) + packed_width(columns)
-        return {"blocks": TensorSpec((rows, row_bytes), torch.uint8, "signs")}
+        return {"blocks": TensorSpec((rows, row_bytes), torch.uint8, ("signs",))}
 
     @property
     def bits(self) -> dict[str, float]:
@@ -152,8 +152,8 @@ class Bellbox(PackedTensor):
     def spec(cls, shape: tuple[int, int], options: Mapping[str, Any]) -> dict[str, TensorSpec]:
         rows, columns = shape
         return {
-            "codes": TensorSpec((options["width"], rows, packed_width(columns)), torch.uint8, "codes"),
-            "scales": TensorSpec((rows,), torch.float32, "scales"),
+            "codes": TensorSpec((options["width"], rows, packed_width(columns)), torch.uint8, ("codes",)),
+            "scales": TensorSpec((rows,), torch.float32, ("scales",)),
         }
 
     @classmethod

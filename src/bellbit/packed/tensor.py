@@ -18,11 +18,11 @@ from typing_extensions import Self
 
 
 class TensorSpec(NamedTuple):
-    """Shape, dtype and purpose ("signs", "bitmap", "codes" or "scales") of one stored tensor."""
+    """Shape and dtype of a stored tensor, and what it holds: equal shares of "signs", "bitmap", "codes", "scales"."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    part: str
+    parts: tuple[str, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,5 +80,6 @@ def stored_bits(layout: type[PackedTensor], shape: tuple[int, int], options: Map
     bits: dict[str, float] = {}
     for spec in layout.spec(shape, options).values():
         size = 8 * spec.dtype.itemsize * math.prod(spec.shape)
-        bits[spec.part] = bits.get(spec.part, 0.0) + size / math.prod(shape)
+        for part in spec.parts:
+            bits[part] = bits.get(part, 0.0) + size / math.prod(shape) / len(spec.parts)
     return bits
