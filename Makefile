@@ -23,15 +23,13 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 
 bench: $(VENV)/.dev
-	$(BIN)/python benchmarks/algorithm.py
-	$(BIN)/python benchmarks/memory.py
-	$(BIN)/python benchmarks/kernels.py
-	$(BIN)/python benchmarks/inference.py
-	$(BIN)/python benchmarks/quality.py
+	@failed=0; for name in algorithm memory kernels inference quality; do \
+	    echo "benchmarks/$$name.py"; $(BIN)/python benchmarks/$$name.py || failed=1; done; exit $$failed
 
-check-kernels:
+check-kernels: $(VENV)/.runtime
 	scripts/check-kernels.sh sanitize
 	scripts/check-kernels.sh neon
+	PYTHON=$(BIN)/python scripts/check-kernels.sh fuzz
 
 $(VENV)/.runtime: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

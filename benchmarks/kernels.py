@@ -3,11 +3,17 @@
 Layers of 4096 × 11008, several of them in turn, so that neither the dense nor the packed ones stay in a cache.
 """
 
+import ctypes
+import subprocess
+import tempfile
 import time
+from pathlib import Path
 
 import torch
 
+from bellbit.core.activations import quantize_activations
 from bellbit.kernels import native
+from bellbit.packed.bits import pack_bits
 from bellbit.packed.codebook2 import Codebook2
 from bellbit.packed.planes import Bellbox, Sign128
 from common import note, parser, row, show
@@ -58,6 +64,36 @@ def bellbox(width):
     return Bellbox.pack(random_bytes(ROWS, COLUMNS) % 2**width, torch.rand(ROWS), width)
 
 
+def bit_serial(x, weight):
+    """A6 by AND and population count over a 1-bit `bellbox` weight: a function of no arguments, checked here once.
+
+    None if there is no compiler.
+    """
+    codes = quantize_activations(native.rotate(x), 6)[0]
+    step = codes.abs().max() / 31
+    codes = (codes / step).round().int()
+    bits = (codes[None] >> torch.arange(6, dtype=torch.int32)[:, None]) & 1
+    planes, sums = pack_bits(bits.bool()), torch.empty(ROWS, dtype=torch.int32)
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder) / "bitserial.so"
+        source = Path(__file__).with_name("bitserial.cpp")
+        try:
+            flags = ["-std=c++20", "-O3", "-march=native", "-shared", "-fPIC"]
+            subprocess.run(["c++", *flags, source, "-o", library], check=True)
+        except (OSError, subprocess.CalledProcessError):
+            return None
+        multiply = ctypes.CDLL(library).multiply
+    pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (weight.codes, planes)]
+    sizes = [ctypes.c_int64(n) for n in (ROWS, COLUMNS // 64, 6, int(codes.sum()))]
+
+    def run():
+        multiply(*pointers, *sizes, ctypes.c_void_p(sums.data_ptr()))
+        return sums * (weight.scales / 2 * step)
+
+    torch.testing.assert_close(run(), native.linear(x, weight, None, 6)[0], rtol=1e-4, atol=1e-4)
+    return run
+
+
 def main():
     arguments = parser(__doc__).parse_args()
     torch.manual_seed(0)
@@ -103,6 +139,13 @@ def main():
             stored = sum(tensor.nbytes for weight in weights for tensor in weight.tensors.values())
             bar = BANDWIDTH_BAR if name == "sign128" else None
             rows.append(row(f"{what}: share of read bandwidth", median_ratio(stored / seconds, speed), bar))
+    threads, weight = torch.get_num_threads(), layouts["bellbox, 1 bit"][0]
+    if serial := bit_serial(x, weight):
+        torch.set_num_threads(1)
+        by_bits, by_integers = rounds([serial, lambda: native.linear(x, weight, None, 6)], repeats=41)
+        torch.set_num_threads(threads)
+        what = "one token, bellbox, 1 bit, A6, one thread: integers / AND and population count"
+        rows.append(row(what, median_ratio(by_bits, by_integers), None))
     for tokens in (2, 4, 8, 16, PROMPT):
         batch = torch.randn(tokens, COLUMNS)
         works = [packed(batch, weights[:1], 16) for weights in layouts.values()]

@@ -111,7 +111,7 @@ struct Avx2 {
   static void halves(const uint16_t* p, float* out, int64_t count) {
     int64_t i = 0;
     for (; i + 8 <= count; i += 8) _mm256_storeu_ps(out + i, eight(p + i));
-    for (; i < count; i++) out[i] = half(p[i]);
+    for (; i < count; i++) out[i] = half(element(p, i));
   }
   static F from_half(const uint16_t* p) { return {eight(p), eight(p + 8)}; }
   static __m256 eight_bfloats(const uint16_t* p) {

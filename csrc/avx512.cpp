@@ -83,7 +83,7 @@ struct Avx512 {
   static void halves(const uint16_t* p, float* out, int64_t count) {
     int64_t i = 0;
     for (; i + kLanes <= count; i += kLanes) store(out + i, from_half(p + i));
-    for (; i < count; i++) out[i] = half(p[i]);
+    for (; i < count; i++) out[i] = half(element(p, i));
   }
   static void eight_halves(const uint16_t* p, float* out) {
     _mm256_storeu_ps(out, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));

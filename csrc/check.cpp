@@ -231,6 +231,36 @@ void check_hadamard(const Kernels& k, int64_t columns) {
   if (std::fabs(before - after) > 1e-4 * before) failures++, std::printf("%s hadamard changes lengths\n", k.name);
 }
 
+void check_attention(const Kernels& k, int64_t length, int64_t size) {
+  std::vector<float> q(static_cast<size_t>(size)), keys(static_cast<size_t>(length * size)), values(keys.size());
+  for (auto* numbers : {&q, &keys, &values})
+    for (auto& v : *numbers) v = uniform();
+  std::vector<double> weights(static_cast<size_t>(length)), want(q.size()), ones(keys.size(), 1.0);
+  double total = 0;
+  for (int64_t t = 0; t < length; t++) {
+    double sum = 0;
+    for (int64_t i = 0; i < size; i++) sum += q[static_cast<size_t>(i)] * keys[static_cast<size_t>(t * size + i)];
+    const float found = k.dot(q.data(), keys.data() + t * size, size);
+    compare(k.name, "dot", 1, size, &found, &sum, ones.data(), 1);
+    total += weights[static_cast<size_t>(t)] = std::exp(0.5 * sum);
+  }
+  for (int64_t t = 0; t < length; t++)
+    for (int64_t i = 0; i < size; i++)
+      want[static_cast<size_t>(i)] += weights[static_cast<size_t>(t)] / total * values[static_cast<size_t>(t * size + i)];
+  std::vector<float> scores(weights.size()), out(q.size());
+  k.attend(q.data(), keys.data(), values.data(), length, size, 0.5f, scores.data(), out.data());
+  compare(k.name, "attend", length, size, out.data(), want.data(), ones.data(), size);
+}
+
+void check_widen(const Kernels& k, int64_t columns) {
+  std::vector<uint16_t> values(static_cast<size_t>(columns));
+  std::vector<double> want(values.size());
+  std::vector<float> out(values.size());
+  for (size_t i = 0; i < values.size(); i++) values[i] = random_half(&want[i]);
+  k.widen(Dense{values.data(), 1, columns, false}, out.data());
+  compare(k.name, "widen", 1, columns, out.data(), want.data(), want.data(), columns);
+}
+
 }  // namespace
 
 int main() {
@@ -246,6 +276,8 @@ int main() {
         check_dense(*list[i], rows, columns);
       }
       check_hadamard(*list[i], columns);
+      check_widen(*list[i], columns);
+      for (const int64_t length : {1, 13}) check_attention(*list[i], length, columns);
     }
     std::printf("%s: %d checks, %d failures so far\n", list[i]->name, checks, failures);
   }

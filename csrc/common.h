@@ -15,6 +15,14 @@ int64_t blocks_of(int64_t columns, int64_t size) { return (columns + size - 1) /
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 float larger(float a, float b) { return a < b ? b : a; }
 
+// An element of stored numbers, which need not be aligned: files decide where tensors lie.
+template <class T>
+T element(const T* numbers, int64_t i) {
+  T value;
+  std::memcpy(&value, reinterpret_cast<const char*>(numbers) + i * static_cast<int64_t>(sizeof(T)), sizeof(T));
+  return value;
+}
+
 // Asks for memory that will be read soon: kernels read several rows in turn, too many streams for the hardware to see.
 void prefetch(const void* row, int64_t bytes) {
   constexpr uintptr_t kAhead = 6144, kLine = 64;

@@ -97,7 +97,7 @@ struct Neon {
   static void halves(const uint16_t* p, float* out, int64_t count) {
     int64_t i = 0;
     for (; i + 4 <= count; i += 4) vst1q_f32(out + i, four_halves(p + i));
-    for (; i < count; i++) out[i] = vgetq_lane_f32(half(p[i]), 0);
+    for (; i < count; i++) out[i] = vgetq_lane_f32(half(element(p, i)), 0);
   }
   static void eight_halves(const uint16_t* p, float* out) {
     vst1q_f32(out, four_halves(p));

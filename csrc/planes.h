@@ -32,7 +32,7 @@ struct PlanesBody {
         zeros[g] = 2 * static_cast<float>(w.zeros[row * groups + g]) - all;
       }
     } else if (w.grid == Grid::kRows) {
-      scales[0] = 0.5f * static_cast<const float*>(w.scales)[row];
+      scales[0] = 0.5f * element(static_cast<const float*>(w.scales), row);
       zeros[0] = 2 * w.zero - all;
     }
   }
@@ -160,6 +160,10 @@ struct PlanesBody {
     const int64_t whole = w.columns / kBlock, blocks = blocks_of(w.columns, kBlock);
     const uint8_t* bits = w.bits + row * w.row_stride;
     prefetch(bits, R * w.row_stride);
+    uint8_t ends[R][kBytes] = {};  // rows end where their bytes do
+    for (int r = 0; r < R; r++)
+      std::memcpy(ends[r], bits + r * w.row_stride + whole * w.block_stride,
+                  static_cast<size_t>((w.columns - whole * kBlock + 7) / 8));
     for (int64_t m = 0; m < x.tokens; m++) {
       F total[R];
       for (int r = 0; r < R; r++) total[r] = S::zero();
@@ -188,14 +192,9 @@ struct PlanesBody {
         }
         for (int r = 0; r < R; r++) total[r] = S::fma(inline_scale(w, row + r, b), sums[r], total[r]);
       };
-      for (int64_t b = 0; b < whole; b++) block(b, bits + b * w.block_stride, w.row_stride);
-      if (whole < blocks) {
-        uint8_t ends[R][kBytes] = {};  // rows end where their bytes do
-        for (int r = 0; r < R; r++)
-          std::memcpy(ends[r], bits + r * w.row_stride + whole * w.block_stride,
-                      static_cast<size_t>((w.columns - whole * kBlock + 7) / 8));
-        block(whole, ends[0], kBytes);
-      }
+      // one call, so that it is inlined and sums stay in registers
+      for (int64_t b = 0; b < blocks; b++)
+        block(b, b == whole ? ends[0] : bits + b * w.block_stride, b == whole ? kBytes : w.row_stride);
       for (int r = 0; r < R; r++) {
         const float value = S::reduce(total[r]) * (Codes ? x.steps[m] : 1.0f);
         y[m * w.rows + row + r] = value + (bias ? bias[row + r] : 0.0f);

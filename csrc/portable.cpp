@@ -94,12 +94,12 @@ struct Portable {
 
   static F set1_half(const uint8_t* p) { return set1(float_from_half(static_cast<uint16_t>(p[0] | p[1] << 8))); }
   static void halves(const uint16_t* p, float* out, int64_t count) {
-    for (int64_t i = 0; i < count; i++) out[i] = float_from_half(p[i]);
+    for (int64_t i = 0; i < count; i++) out[i] = float_from_half(element(p, i));
   }
   static void eight_halves(const uint16_t* p, float* out) { halves(p, out, 8); }
-  static F from_half(const uint16_t* p) { return each([&](int i) { return float_from_half(p[i]); }); }
+  static F from_half(const uint16_t* p) { return each([&](int i) { return float_from_half(element(p, i)); }); }
   static F from_bfloat(const uint16_t* p) {
-    return each([&](int i) { return std::bit_cast<float>(static_cast<uint32_t>(p[i]) << 16); });
+    return each([&](int i) { return std::bit_cast<float>(static_cast<uint32_t>(element(p, i)) << 16); });
   }
 
   // As docs/format.md orders the scales and the entries 4·salient + code.

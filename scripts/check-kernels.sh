@@ -1,6 +1,7 @@
 #!/bin/sh
-# Checks the kernels outside Python: `sanitize` with the address and undefined behaviour sanitizers, `neon` for 64-bit
-# Arm under qemu (Debian: g++-aarch64-linux-gnu qemu-user).
+# Checks the kernels: `sanitize` with the address and undefined behaviour sanitizers, `neon` for 64-bit Arm under qemu
+# (Debian: g++-aarch64-linux-gnu qemu-user), `fuzz [COUNT]` inside Python with the same sanitizers, over 10 000 mutated
+# checkpoints (PYTHON: an interpreter that has bellbit's dependencies).
 set -eu
 cd "$(dirname "$0")/../csrc"
 out=$(mktemp -d)
@@ -14,9 +15,10 @@ compile() {
     "$compiler" $common "$@" -c "$source" -o "$out/$object.o"
 }
 
+san="-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer"
+
 case "${1:-}" in
 sanitize)
-    san="-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer"
     wide="-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c"
     compile g++ check.cpp check $san
     compile g++ dispatch.cpp dispatch $san -DBELLBIT_X86
@@ -37,8 +39,22 @@ neon)
     $cross -static "$out"/*.o -o "$out/check"
     qemu-aarch64 -cpu max "$out/check"
     ;;
+fuzz)
+    python=${PYTHON:-python3}
+    cd ..
+    # not NB_STATIC's own checks: vptr needs the types of the interpreter
+    "$python" -m pip install --quiet --no-deps --target "$out/site" \
+        -C cmake.define.CMAKE_CXX_FLAGS="$san -fno-sanitize=vptr -g" -C cmake.define.BELLBIT_OPTIMIZE=-O1 .
+    # an editable install would be found first
+    echo 'import sys; sys.meta_path = [f for f in sys.meta_path if "ScikitBuild" not in type(f).__name__]' \
+        > "$out/site/sitecustomize.py"
+    export LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so)"
+    export ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 PYTHONPATH="$out/site:tests"
+    "$python" -c "import bellbit._kernels as k; assert k.__file__.startswith('$out'), k.__file__"
+    "$python" tests/fuzz_loader.py "${2:-10000}" 1
+    ;;
 *)
-    echo "usage: $0 sanitize | neon" >&2
+    echo "usage: $0 sanitize | neon | fuzz [COUNT]" >&2
     exit 2
     ;;
 esac

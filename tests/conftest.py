@@ -7,6 +7,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers.models.gemma3 import Gemma3TextConfig
 from transformers.models.llama import LlamaConfig
 from transformers.models.mistral import MistralConfig
 from transformers.models.opt import OPTConfig
@@ -33,6 +34,14 @@ CONFIGS = {
     "mistral": lambda: MistralConfig(**LLAMA_LIKE, sliding_window=48),
     "qwen2": lambda: Qwen2Config(**LLAMA_LIKE),
     "qwen3": lambda: Qwen3Config(**LLAMA_LIKE, head_dim=32),
+    "gemma3_text": lambda: Gemma3TextConfig(
+        **LLAMA_LIKE,
+        head_dim=32,
+        query_pre_attn_scalar=32,
+        sliding_window=48,
+        layer_types=["sliding_attention", "full_attention"],
+        tie_word_embeddings=True,
+    ),
     "opt": lambda: OPTConfig(
         hidden_size=192,
         ffn_dim=320,

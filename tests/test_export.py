@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.models.gemma3 import Gemma3TextConfig
 from transformers.models.llama import LlamaConfig
 from transformers.models.qwen2 import Qwen2Config
 from transformers.models.qwen3 import Qwen3Config
@@ -42,6 +43,25 @@ CONFIGS = {
             "high_freq_factor": 4.0,
             "original_max_position_embeddings": 64,
         },
+    ),
+    "linear": lambda: LlamaConfig(
+        **_WIDTHS, rope_parameters={"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0}
+    ),
+    "yarn": lambda: LlamaConfig(
+        **_WIDTHS,
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 8.0,
+            "original_max_position_embeddings": 64,
+        },
+    ),
+    "gemma3": lambda: Gemma3TextConfig(
+        **_WIDTHS | {"num_hidden_layers": 7},
+        head_dim=64,
+        query_pre_attn_scalar=64,
+        sliding_window=16,
+        tie_word_embeddings=False,
     ),
     "qwen2": lambda: Qwen2Config(**_WIDTHS),
     "qwen3": lambda: Qwen3Config(**_WIDTHS, head_dim=64),
@@ -167,17 +187,21 @@ def test_what_cannot_be_exported_says_why(checkpoint, tiny_model, tmp_path):
     assert not list(tmp_path.glob("*.gguf")) and not list(tmp_path.glob(".*"))
 
 
-def llama_cpp(file, tokens):
-    """Log-probabilities (positions, vocabulary) of each next token, by stock llama.cpp."""
-    answers = file.with_suffix(".json")
+def run_llama_cpp(script, file, what, answers):
     done = subprocess.run(
-        [sys.executable, "-c", LLAMA_CPP, str(file), json.dumps(tokens), str(answers)],
+        [sys.executable, "-c", script, str(file), json.dumps(what), str(answers)],
         capture_output=True,
         text=True,
         check=False,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def llama_cpp(file, tokens):
+    """Log-probabilities (positions, vocabulary) of each next token, by stock llama.cpp."""
+    answers = file.with_suffix(".json")
+    run_llama_cpp(LLAMA_CPP, file, tokens, answers)
     found = json.loads(answers.read_text())
     return torch.tensor([[answer.get(str(i), NOT_GIVEN) for i in range(VOCABULARY)] for answer in found])
 
@@ -190,13 +214,69 @@ def teach(model):
     llama.cpp rounds activations to 8 bits.
     """
     embedding = model.get_input_embeddings()
-    embedding.weight = embedding.weight * 4  # so that blocks of random weights do not drown the token
+    embedding.weight.data = embedding.weight * 4  # so that blocks of random weights do not drown the token
     tokens = torch.randint(0, 256, (40, 64), generator=torch.Generator().manual_seed(1))
     hidden = model.model(tokens).last_hidden_state.flatten(0, 1)
     wanted = torch.nn.functional.one_hot((7 * tokens.flatten() + 3) % 256, VOCABULARY).float() * 16
     solution = torch.linalg.lstsq(hidden, wanted).solution.t()
     head = model.get_output_embeddings()
-    head.weight = solution.to(head.weight.dtype).contiguous()
+    head.weight.data = solution.to(head.weight.dtype).contiguous()
+
+
+def sentencepiece_tokenizer(prepend):
+    """As LLaMA 2's (a space is put before the text) and Gemma's: spaces are letters, unknown ones come as bytes."""
+    pieces = ["▁", *"abcdefghijklmnopqrstuvwxyzABC.,!"]
+    made = ["th", "he", "▁t", "▁the", "in", "er", "▁a", "▁an", "▁and", "on", "the", "ing", "▁▁"]  # best score first
+    names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *pieces, *made]
+    vocabulary = {name: i for i, name in enumerate(names)}
+    # a piece can be made of any two that are there: transformers' converters write all of these merges
+    splits = [(piece[:at], piece[at:]) for piece in made for at in range(1, len(piece))]
+    merges = [pair for pair in splits if pair[0] in vocabulary and pair[1] in vocabulary]
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, byte_fallback=True, unk_token="<unk>"))
+    rules = [normalizers.Prepend("▁")] if prepend else []
+    tokenizer.normalizer = normalizers.Sequence([*rules, normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="</s>"
+    )
+
+
+TOKENIZE = """
+import json, sys, urllib.request, xllamacpp
+parameters = xllamacpp.CommonParams()
+parameters.model.path = sys.argv[1]
+parameters.n_ctx, parameters.n_parallel, parameters.warmup, parameters.port = 64, 1, False, 0
+server, answers = xllamacpp.Server(parameters), []
+for text in json.loads(sys.argv[2]):
+    body = json.dumps({"content": text}).encode()
+    request = urllib.request.Request(server.listening_address + "/tokenize", body, {"Content-Type": "application/json"})
+    answers.append(json.load(urllib.request.urlopen(request))["tokens"])
+open(sys.argv[3], "w").write(json.dumps(answers))
+"""
+
+
+@pytest.mark.parametrize("prepend", [True, False])
+def test_sentencepiece_tokenizers_split_alike(tmp_path, prepend):
+    pytest.importorskip("xllamacpp")
+    torch.manual_seed(0)
+    tokenizer = sentencepiece_tokenizer(prepend)
+    config = LlamaConfig(**_WIDTHS | {"vocab_size": len(tokenizer)})
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "source")
+    tokenizer.save_pretrained(tmp_path / "source")
+    bellbit.quantize(tmp_path / "source", tmp_path / "out", "sign")
+    export_gguf(tmp_path / "out", tmp_path / "model.gguf")
+    texts = [
+        "the thing and the other",
+        "an inner ring, then",
+        "Ünïcode → bytes!",
+        "two  spaces",
+        "a",
+        " the",
+        "zzz A.B",
+    ]
+    answers = tmp_path / "answers.json"
+    run_llama_cpp(TOKENIZE, tmp_path / "model.gguf", texts, answers)
+    assert json.loads(answers.read_text()) == [tokenizer(text)["input_ids"] for text in texts]
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -17,13 +17,17 @@ def test_folding_leaves_the_function_as_it_was(name):
         for block in model.get_submodule(family.blocks):
             for group in family.groups:
                 if group.norm:
-                    fold_column_scales(block, group, torch.randn(192, dtype=torch.float64).exp())
+                    scales = torch.randn(192, dtype=torch.float64).exp()
+                    fold_column_scales(block, group, scales, family.norm_offset)
         after = model(tokens).logits
-    assert (after - before).abs().max() < 1e-9 * before.abs().max()  # measured: 1e-14
+    tolerance = 1e-5 if name == "gemma3_text" else 1e-9  # measured: 7e-7, as its norms are in float32 always; 1e-14
+    assert (after - before).abs().max() < tolerance * before.abs().max()
 
 
 def test_unsupported_architectures_are_named_with_the_supported_ones():
-    with pytest.raises(BellbitError, match=r"'gpt2' is not supported; supported are llama, mistral, opt, qwen2, qwen3"):
+    with pytest.raises(
+        BellbitError, match=r"'gpt2' is not supported; supported are gemma3_text, llama, mistral, opt, qwen2, qwen3"
+    ):
         family_of(GPT2Config())
 
 

@@ -153,10 +153,13 @@ def module_layout(
         rows, columns = entry["shape"]
         options = dict(quantization["layouts"][entry["layout"]])
         layout = LAYOUTS[options.pop("layout")]
-        if set(options) != set(layout.option_names):
-            raise ValueError(f"its options are {sorted(options)}, not {sorted(layout.option_names)}")
+        if set(options) != set(layout.allowed_options):
+            raise ValueError(f"its options are {sorted(options)}, not {sorted(layout.allowed_options)}")
         if not all(type(number) is int and number > 0 for number in (rows, columns, *options.values())):
             raise ValueError("shape and options must be positive integers")
+        for name, allowed in layout.allowed_options.items():
+            if options[name] not in allowed:
+                raise ValueError(f"its {name} is {options[name]}; allowed: {allowed}")
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise BellbitError(f"config.json describes the layout of {module!r} wrongly: {error!r}") from None
     return layout, (rows, columns), options

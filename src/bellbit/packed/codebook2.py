@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -65,7 +65,7 @@ class Codebook2(PackedTensor):
     """
 
     layout: ClassVar[str] = "codebook2"
-    option_names: ClassVar[tuple[str, ...]] = ("block_size", "scale_bits")
+    allowed_options: ClassVar[Mapping[str, Container[int]]] = {"block_size": range(1, 2**31), "scale_bits": (8, 16)}
     nominal_from: ClassVar[tuple[str, ...]] = ("salient",)
     block_size: int
     scale_bits: int

@@ -17,10 +17,12 @@ from bellbit.errors import BellbitError
 from bellbit.packed.gguf_types import TYPES, choose
 from bellbit.packed.linear import packed_linears
 from bellbit.packed.planes import SIGN_BLOCK, Sign128
+from bellbit.ptq.families import family_of
 
 # transformers' model type -> llama.cpp's name of the architecture
-ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+ARCHITECTURES = {"gemma3_text": "gemma3", "llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 _INTERLEAVED = ("llama",)  # rotary pairs lie side by side there, half a head apart in transformers
+_GEMMA_PATTERN = 6  # of how many layers llama.cpp takes the last one to see everything, the others a window
 
 # How text is split before byte-pair merges: what the tokenizer's own rule contains -> llama.cpp's name of the rule.
 _SPLITS = (
@@ -127,7 +129,8 @@ def _add_tensor(
     turn = partial(_in_order, name=name, config=config, architecture=architecture)
     if isinstance(tensor, Tensor):
         if tensor.ndim == 1:
-            return _plain(writer, target, turn(tensor))
+            offset = family_of(config).norm_offset if "norm" in name else 0.0  # llama.cpp multiplies by the weight
+            return _plain(writer, target, turn(tensor) + offset)
         values = turn(tensor).float().numpy()
         kind = TYPES["Q6_K" if values.shape[1] % 256 == 0 else "Q8_0"] if embedding == "auto" else TYPES[embedding]
         if values.shape[1] % kind.block:
@@ -175,6 +178,12 @@ def _add_settings(writer: Any, config: Any) -> None:
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_dimension_count(head_size)
     rope = getattr(config, "rope_parameters", None) or {}
+    if config.model_type == "gemma3_text":
+        _check_gemma(config, head_size)
+        writer.add_sliding_window(config.sliding_window)
+        if config.final_logit_softcapping:
+            writer.add_final_logit_softcapping(config.final_logit_softcapping)
+        rope = rope["full_attention"]
     writer.add_rope_freq_base(float(rope.get("rope_theta", 10000.0)))
     kind = rope.get("rope_type", "default")
     if kind == "linear":
@@ -186,6 +195,24 @@ def _add_settings(writer: Any, config: Any) -> None:
         writer.add_rope_scaling_orig_ctx_len(int(rope["original_max_position_embeddings"]))
     elif kind not in ("default", "llama3"):
         raise BellbitError(f"rotary embeddings of the kind {kind!r} cannot be exported")
+
+
+def _check_gemma(config: Any, head_size: int) -> None:
+    """Raise BellbitError for what llama.cpp takes for granted in Gemma 3 and this model has otherwise."""
+    local = config.rope_parameters["sliding_attention"]
+    for what, found, wanted in (
+        ("layer_types", config.layer_types, _gemma_layers(config.num_hidden_layers)),
+        ("query_pre_attn_scalar", config.query_pre_attn_scalar, head_size),
+        ("hidden_activation", config.hidden_activation, "gelu_pytorch_tanh"),
+        ("attn_logit_softcapping", config.attn_logit_softcapping, None),
+        ("rope_parameters of sliding layers", (local["rope_theta"], local["rope_type"]), (10000.0, "default")),
+    ):
+        if found != wanted:
+            raise BellbitError(f"a Gemma 3 with {what} {found} cannot be exported; llama.cpp has {wanted} built in")
+
+
+def _gemma_layers(count: int) -> list[str]:
+    return ["sliding_attention" if (i + 1) % _GEMMA_PATTERN else "full_attention" for i in range(count)]
 
 
 def _rope_factors(model: Any) -> Tensor | None:
@@ -207,32 +234,31 @@ def _add_tokenizer(writer: Any, tokenizer: Any, folder: Path, vocabulary: int) -
         raise BellbitError(f"a tokenizer of the kind {described['model'].get('type')!r} cannot be exported; BPE can")
     added = {entry["id"]: entry for entry in described.get("added_tokens", ())}
     by_id = {index: token for token, index in tokenizer.get_vocab().items()}
-    byte_fallback = bool(described["model"].get("byte_fallback"))
-    tokens, scores, kinds = [], [], []
+    merges = [m.split(" ") if isinstance(m, str) else m for m in described["model"].get("merges", ())]
+    sentencepiece = bool(described["model"].get("byte_fallback"))  # a SentencePiece model, written as merges
+    tokens, kinds = [], []
     for index in range(vocabulary):
         token = by_id.get(index, f"[PAD{index}]")
         if index not in by_id:
             kind = gguf.TokenType.UNUSED
         elif index in added:
             kind = gguf.TokenType.CONTROL if added[index]["special"] else gguf.TokenType.USER_DEFINED
-        elif byte_fallback and len(token) == 6 and token.startswith("<0x"):
+        elif sentencepiece and len(token) == 6 and token.startswith("<0x"):
             kind = gguf.TokenType.BYTE
         else:
             kind = gguf.TokenType.NORMAL
-        tokens.append(token.encode())
-        scores.append(-float(index))
+        tokens.append(token)
         kinds.append(kind)
-    if byte_fallback:  # SentencePiece in other clothes: merges in the order of the vocabulary
+    if sentencepiece:
         writer.add_tokenizer_model("llama")
-        writer.add_token_scores(scores)
+        writer.add_token_scores(_scores(tokens, merges))
+        writer.add_add_space_prefix(_prepends_space(described))
     else:
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(_split_rule(described))
-    writer.add_token_list(tokens)
+        writer.add_token_merges([" ".join(pair) for pair in merges] or [""])
+    writer.add_token_list([token.encode() for token in tokens])
     writer.add_token_types(kinds)
-    merges = [m if isinstance(m, str) else " ".join(m) for m in described["model"].get("merges", ())]
-    if not byte_fallback:
-        writer.add_token_merges(merges or [""])
     for kind_name in ("bos", "eos", "unk", "pad"):
         if (special := getattr(tokenizer, f"{kind_name}_token_id", None)) is not None:
             getattr(writer, f"add_{kind_name}_token_id")(special)
@@ -240,6 +266,20 @@ def _add_tokenizer(writer: Any, tokenizer: Any, folder: Path, vocabulary: int) -
     writer.add_add_bos_token(bool(starts))
     if tokenizer.chat_template:
         writer.add_chat_template(tokenizer.chat_template)
+
+
+def _scores(tokens: list[str], merges: list[list[str]]) -> list[float]:
+    """SentencePiece joins the neighbours whose union scores highest: what the first merges make; others never."""
+    ranks: dict[str, int] = {}
+    for rank, pair in enumerate(merges):
+        ranks.setdefault("".join(pair), rank)
+    return [-float(ranks.get(token, len(merges))) for token in tokens]
+
+
+def _prepends_space(described: dict[str, Any]) -> bool:
+    """Whether a space is put before the text: by the normalizer, or by the pre-tokenizer."""
+    rules = json.dumps([described.get("normalizer"), described.get("pre_tokenizer")])
+    return '"Prepend"' in rules or '"prepend_scheme": "first"' in rules or '"prepend_scheme": "always"' in rules
 
 
 def _split_rule(described: dict[str, Any]) -> str:

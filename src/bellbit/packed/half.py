@@ -58,8 +58,8 @@ def keep_half(model: Any, stored: Mapping[str, StoredTensor]) -> None:
         if type(old) is not kind or getattr(old, "bias", None) is not None:
             continue
         entry = stored.get(f"{names[old]}.weight")
-        if entry is None and old is head:  # tied: the embedding's
-            entry = stored.get(f"{names[embedding]}.weight") if embedding in names else None
+        if entry is None and old is head and isinstance(embedding, HalfEmbedding):  # tied: the embedding's
+            entry = stored.get(f"{names[embedding]}.weight")
         dtype = None if entry is None else _DTYPES.get(entry.dtype)
         if dtype is None or old.weight.dtype.itemsize <= dtype.itemsize:
             continue

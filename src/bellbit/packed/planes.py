@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -35,7 +35,7 @@ class Uniform(PackedTensor):
     """
 
     layout: ClassVar[str] = "uniform"
-    option_names: ClassVar[tuple[str, ...]] = ("width", "group_size")
+    allowed_options: ClassVar[Mapping[str, Container[int]]] = {"width": range(1, 9), "group_size": range(1, 2**31)}
     width: int
     group_size: int
     codes: Tensor
@@ -89,7 +89,7 @@ class Sign128(PackedTensor):
     """
 
     layout: ClassVar[str] = "sign128"
-    option_names: ClassVar[tuple[str, ...]] = ()
+    allowed_options: ClassVar[Mapping[str, Container[int]]] = {}
     blocks: Tensor
 
     @classmethod
@@ -138,7 +138,7 @@ class Bellbox(PackedTensor):
     """
 
     layout: ClassVar[str] = "bellbox"
-    option_names: ClassVar[tuple[str, ...]] = ("width",)
+    allowed_options: ClassVar[Mapping[str, Container[int]]] = {"width": range(1, 5)}
     width: int
     codes: Tensor
     scales: Tensor

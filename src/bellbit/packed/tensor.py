@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, NamedTuple
 
@@ -30,7 +30,7 @@ class PackedTensor(ABC):
     """A quantized weight of `shape` (out, in) in the form it is stored and run in."""
 
     layout: ClassVar[str]
-    option_names: ClassVar[tuple[str, ...]]
+    allowed_options: ClassVar[Mapping[str, Container[int]]]  # by name; all are integers
     nominal_from: ClassVar[tuple[str, ...]] = ()  # the stored tensors whose content `nominal_bits` depends on
     shape: tuple[int, int]
 
@@ -42,7 +42,7 @@ class PackedTensor(ABC):
     @property
     def options(self) -> dict[str, Any]:
         """The layout's parameters, as config.json keeps them."""
-        return {name: getattr(self, name) for name in self.option_names}
+        return {name: getattr(self, name) for name in self.allowed_options}
 
     @property
     @abstractmethod

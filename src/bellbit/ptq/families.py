@@ -27,6 +27,7 @@ class Family:
     blocks: path of the list of decoder blocks. groups: in the order of their inputs' computation.
     learns_scales: whether DBellQuant learns T here or only smooths (T = T⁰), as its reference does for OPT.
     act_scope, rounded_outputs: the reference's rule for quantized activations.
+    norm_offset: norms multiply by offset + weight.
     """
 
     blocks: str
@@ -34,6 +35,7 @@ class Family:
     learns_scales: bool = True
     act_scope: Scope = "token"
     rounded_outputs: tuple[str, ...] = ()
+    norm_offset: float = 0.0
 
 
 _ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -59,8 +61,25 @@ _OPT = Family(
     act_scope="tensor",
     rounded_outputs=_ATTENTION,
 )
+_GEMMA3 = Family(
+    blocks="model.layers",
+    groups=(
+        InputGroup(_ATTENTION, norm="input_layernorm"),
+        InputGroup(("self_attn.o_proj",)),
+        InputGroup(("mlp.gate_proj", "mlp.up_proj"), norm="pre_feedforward_layernorm"),
+        InputGroup(("mlp.down_proj",)),
+    ),
+    norm_offset=1.0,
+)
 
-FAMILIES: dict[str, Family] = {"llama": _LLAMA, "mistral": _LLAMA, "qwen2": _LLAMA, "qwen3": _LLAMA, "opt": _OPT}
+FAMILIES: dict[str, Family] = {
+    "gemma3_text": _GEMMA3,
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "opt": _OPT,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+}
 
 
 def family_of(config: Any) -> Family:
@@ -84,16 +103,17 @@ def check_foldable(config: Any) -> None:
         raise BellbitError("this model's norms have no weights to fold column scales into; use --ltdb off")
 
 
-def fold_column_scales(block: nn.Module, group: InputGroup, scales: Tensor) -> None:
+def fold_column_scales(block: nn.Module, group: InputGroup, scales: Tensor, norm_offset: float = 0.0) -> None:
     """W ← W·diag(T) for the linears of `group`, weight and bias of its norm ← /T. The function is unchanged.
 
-    scales: T, float (in,), nowhere zero. In place.
+    scales: T, float (in,), nowhere zero. norm_offset: of the family. In place.
     """
     assert group.norm is not None
     norm = block.get_submodule(group.norm)
     with torch.no_grad():
-        for parameter in norm.parameters():
-            parameter.copy_(parameter / scales)  # 16-bit values are promoted to float32
+        for name, parameter in norm.named_parameters():
+            offset = norm_offset if name == "weight" else 0.0
+            parameter.copy_((offset + parameter) / scales - offset)  # 16-bit values are promoted to float32
         for name in group.linears:
             weight: Any = block.get_submodule(name).weight
             weight.copy_(weight * scales)

@@ -112,7 +112,7 @@ def quantize_model(
                         if record.group.norm is not None:
                             record.act_absmax = maxima[record.group]
                             record.scales = _column_scales(block, record.group, record.act_absmax, settings)
-                            fold_column_scales(block, record.group, record.scales)
+                            fold_column_scales(block, record.group, record.scales, family.norm_offset)
             hessians = group_hessians(stream, block, family, settings, name, steps.part("hessians"))
         with _timed(run):
             for record in records:
