@@ -1,0 +1,77 @@
+"""The quantizer of BBQ (arXiv 2603.01599): normalise, normal CDF, round; codes of maximal entropy."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+INIT = 1.694  # γ starts at this times the rms of what is quantized
+SMALLEST_RMS = 1e-8
+
+
+def zero_point(width: int) -> float:
+    """What is subtracted from a code 0 … 2^b − 1: levels lie at ±½, ±3/2, … for 1 and 2 bits, at integers for more."""
+    return 2 ** (width - 1) - (0.5 if width <= 2 else 0)
+
+
+def inverse_rms(v: Tensor, by_row: bool) -> Tensor:
+    """1 / max(rms, 1e-8): over the last dimension (..., 1), or of the whole tensor (). float32."""
+    square = v.float().square()
+    mean = square.mean(dim=-1, keepdim=True) if by_row else square.mean()
+    return 1 / mean.sqrt().clamp_min(SMALLEST_RMS)
+
+
+def normal_codes(u: Tensor, width: int) -> Tensor:
+    """round(2ᵇ·Φ(u) − ½), clipped to 0 … 2ᵇ − 1: codes, in u's dtype; each as likely as any other if u is normal."""
+    codes = torch.special.ndtr(u).mul_(2**width).sub_(0.5).round_()
+    return codes.clamp_(0, 2**width - 1)
+
+
+class _Bellbox(torch.autograd.Function):
+    """y = γ/2^(b−1)·(code − zero), straight through the rounding alone. Keeps u = v/rms and the two small factors."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, v: Tensor, gamma: Tensor, width: int, by_row: bool, running: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        inverse = inverse_rms(v, by_row) if running is None else running.float()
+        u = v.float() * inverse
+        levels = normal_codes(u, width).sub_(zero_point(width))
+        ctx.save_for_backward(u.to(v.dtype), gamma, inverse)
+        ctx.width, ctx.by_row, ctx.live = width, by_row, running is None
+        ctx.mark_non_differentiable(inverse)
+        return (levels * (gamma.float() / 2 ** (width - 1))).to(v.dtype), inverse
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        u, gamma, inverse = ctx.saved_tensors
+        dtype = u.dtype
+        u, grad = u.float(), grad.float()
+        levels = normal_codes(u, ctx.width).sub_(zero_point(ctx.width))
+        wrt_gamma = grad * levels / 2 ** (ctx.width - 1)
+        wrt_gamma = wrt_gamma.sum(dim=-1, keepdim=True) if gamma.ndim else wrt_gamma.sum()
+        # dy/du = γ/2^(b−1) · 2ᵇ·φ(u)
+        wrt_u = (u.square() * -0.5).exp_().mul_(2 / math.sqrt(2 * math.pi)).mul_(gamma.float()).mul_(grad)
+        if ctx.live:  # u = v/rms(v)
+            product = wrt_u * u
+            mean = product.mean(dim=-1, keepdim=True) if ctx.by_row else product.mean()
+            wrt_u = wrt_u.addcmul_(u, mean, value=-1)
+        wrt_v = wrt_u.mul_(inverse)
+        if dtype == torch.float16:
+            wrt_v = wrt_v.clamp_(*(torch.finfo(dtype).min, torch.finfo(dtype).max))
+        return wrt_v.to(dtype), wrt_gamma.to(gamma.dtype), None, None, None
+
+
+def bellbox(v: Tensor, gamma: Tensor, width: int, by_row: bool, running: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """BBQ's fake quantization (§3): γ/2^(b−1)·(round(2ᵇ·Φ(v/rms) − ½) − z), and the 1/rms that was used.
+
+    v: rotated input (..., n), any float dtype; computed in float32. gamma: (), or (rows, 1) with `by_row`. width: b.
+    by_row: one rms per row, else one of the whole tensor. running: use this 1/rms instead, as a constant.
+    The gradient passes the rounding straight and goes through Φ and rms; γ's is not scaled.
+    Returns the output in v's dtype, and float32 (..., 1) or ().
+    """
+    y, inverse = _Bellbox.apply(v, gamma, width, by_row, running)  # type: ignore[no-untyped-call]
+    return y, inverse

@@ -1,0 +1,197 @@
+"""Quantizers as modules: tensor in, fake-quantized tensor out, what is learned set up at the first forward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bellbit.core import baselines, bellbox
+from bellbit.core.hadamard import hadamard
+from bellbit.errors import BellbitError
+
+RUNNING_SHARE = 0.01  # of the newest batch in bbq-fast's running 1/rms
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to quantize.
+
+    widths: the bits it is defined at. rotates: whether it sees x·H and returns that domain's values.
+    shapes: (width, channels) to the learned parameters, fixed: to tensors that are set once and kept.
+    start: (x, width, channels) to the values of both at the first forward. apply: (quantizer, x) to the output.
+    """
+
+    widths: tuple[int, ...]
+    apply: Callable[[Any, Tensor], Tensor]
+    rotates: bool = False
+    shapes: Callable[[int, int | None], Shapes] = lambda width, channels: {}
+    fixed: Callable[[int, int | None], Shapes] = lambda width, channels: {}
+    start: Callable[[Tensor, int, int | None], dict[str, Tensor]] = lambda x, width, channels: {}
+
+
+def _per_row(channels: int | None) -> tuple[int, ...]:
+    return () if channels is None else (channels, 1)
+
+
+def _bbq(quantizer: Any, v: Tensor) -> Tensor:
+    gamma = baselines.scaled_gradient(quantizer.gamma, v.numel() ** -0.5)
+    return bellbox.bellbox(v, gamma, quantizer.width, quantizer.channels is not None)[0]
+
+
+def _bbq_fast(quantizer: Any, v: Tensor) -> Tensor:
+    if quantizer.channels is not None:
+        return _bbq(quantizer, v)
+    gamma = baselines.scaled_gradient(quantizer.gamma, v.numel() ** -0.5)
+    running = quantizer.inverse_rms
+    if not quantizer.training:
+        return bellbox.bellbox(v, gamma, quantizer.width, False, running)[0]
+    y, inverse = bellbox.bellbox(v, gamma, quantizer.width, False)
+    with torch.no_grad():
+        running.lerp_(inverse, RUNNING_SHARE)
+    return y
+
+
+def _bbq_start(v: Tensor, width: int, channels: int | None) -> dict[str, Tensor]:
+    inverse = bellbox.inverse_rms(v, by_row=False)
+    return {"gamma": bellbox.INIT / inverse, "inverse_rms": inverse}
+
+
+def _lsq_start(x: Tensor, width: int, channels: int | None) -> dict[str, Tensor]:
+    return {"step": 2 * x.abs().mean() / (2 ** (width - 1) - 1) ** 0.5}
+
+
+def _seq_start(x: Tensor, width: int, channels: int | None) -> dict[str, Tensor]:
+    return {"edge": x.abs().amax() if channels is None else x.abs().amax(dim=-1, keepdim=True)}
+
+
+def _n2uq(quantizer: Any, x: Tensor) -> Tensor:
+    if quantizer.channels is not None:
+        return baselines.n2uq_weight(x, quantizer.width)
+    q = quantizer
+    y: Tensor = baselines.n2uq_activation(x, q.start, q.lengths, q.scale1, q.scale2, q.interval, q.zero)
+    return y
+
+
+def _n2uq_shapes(width: int, channels: int | None) -> Shapes:
+    return {} if channels else {"start": (1,), "lengths": (2**width - 1,), "scale1": (1,), "scale2": (1,)}
+
+
+def _n2uq_start(x: Tensor, width: int, channels: int | None) -> dict[str, Tensor]:
+    rms = x.square().mean().sqrt()
+    interval = 4 * rms / (2**width - 1)
+    one = torch.ones_like(rms)
+    return {
+        "start": -2 * rms,
+        "zero": -2 * rms,
+        "interval": interval,
+        "lengths": interval,
+        "scale1": one,
+        "scale2": one,
+    }
+
+
+_BBQ = Method((1, 2, 3, 4), _bbq, True, lambda width, channels: {"gamma": _per_row(channels)}, start=_bbq_start)
+METHODS: dict[str, Method] = {
+    "bbq": _BBQ,
+    "bbq-fast": Method(
+        _BBQ.widths,
+        _bbq_fast,
+        True,
+        _BBQ.shapes,
+        lambda width, channels: {} if channels else {"inverse_rms": ()},
+        _bbq_start,
+    ),
+    "quest": Method((1, 2, 3, 4), lambda q, v: baselines.quest(v, q.width), rotates=True),
+    "lsq": Method(
+        (2, 3, 4),
+        lambda q, x: baselines.lsq(x, q.step, q.width),
+        shapes=lambda width, channels: {"step": ()},
+        start=_lsq_start,
+    ),
+    "seq": Method(
+        (1, 2, 3, 4),
+        lambda q, x: baselines.seq(x, q.edge, q.width),
+        shapes=lambda width, channels: {"edge": _per_row(channels)},
+        start=_seq_start,
+    ),
+    "n2uq": Method(
+        (1, 2, 3, 4),
+        _n2uq,
+        shapes=_n2uq_shapes,
+        fixed=lambda width, channels: {} if channels else {"interval": (), "zero": ()},
+        start=_n2uq_start,
+    ),
+    "nf": Method((2, 3, 4), lambda q, x: baselines.nf(x, q.width)),
+}
+
+
+class Quantizer(nn.Module):
+    """Fake-quantizes what goes through it; made by `quantizer`.
+
+    Input and output (..., n), any float dtype; rotated on the way if the method rotates. Learned parameters are
+    float32, exist from the start and get their values from the first batch; the buffer `ready` says whether they have.
+    """
+
+    def __init__(self, method: str, width: int, channels: int | None) -> None:
+        super().__init__()
+        self.method, self.width, self.channels = method, width, channels
+        self.rules = METHODS[method]
+        for name, shape in self.rules.shapes(width, channels).items():
+            self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
+        for name, shape in self.rules.fixed(width, channels).items():
+            self.register_buffer(name, torch.zeros(shape))
+        self.ready: Tensor
+        self.register_buffer("ready", torch.tensor(False))
+        self._ready = False  # what `ready` holds, without a look at the device
+        self.register_load_state_dict_post_hook(lambda module, _: module._look())  # type: ignore[no-untyped-call]
+
+    def _look(self) -> None:
+        self._ready = bool(self.ready)
+
+    def forward(self, x: Tensor) -> Tensor:
+        v = hadamard(x) if self.rules.rotates else x
+        if not self._ready:
+            self._start(v)
+        return self.rules.apply(self, v)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.no_grad()
+    def _start(self, v: Tensor) -> None:
+        """First values; with several processes those of the first one, so that all begin alike."""
+        values = self.rules.start(v.float(), self.width, self.channels)
+        for name, target in [*self.named_parameters(), *self.named_buffers()]:
+            if name in values:
+                target.copy_(values[name].expand_as(target))
+                if torch.distributed.is_available() and torch.distributed.is_initialized():
+                    torch.distributed.broadcast(target.data, 0)
+        self.ready.fill_(True)
+        self._ready = True
+
+    def extra_repr(self) -> str:
+        rows = "" if self.channels is None else f", channels={self.channels}"
+        return f"{self.method}:{self.width}{rows}"
+
+
+def quantizer(spec: str, channels: int | None = None) -> nn.Module:
+    """The quantizer METHOD:BITS, as `bbq:2`; `none` leaves its input as it is.
+
+    channels: rows of the weight that it is for; None for activations.
+    Raises BellbitError if there is no such method, or none at that width.
+    """
+    if spec == "none":
+        return nn.Identity()
+    name, _, bits = spec.partition(":")
+    method = METHODS.get(name)
+    if method is None:
+        raise BellbitError(f"unknown quantizer {spec!r}; there are none, {', '.join(f'{n}:BITS' for n in METHODS)}")
+    if bits not in map(str, method.widths):
+        raise BellbitError(
+            f"{name} is not defined at {bits or 'no'} bits; give {name}:{method.widths[0]} … {name}:{method.widths[-1]}"
+        )
+    return Quantizer(name, int(bits), channels)
