@@ -61,7 +61,7 @@ def sign128():
 
 
 def bellbox(width):
-    return Bellbox.pack(random_bytes(ROWS, COLUMNS) % 2**width, torch.rand(ROWS), width)
+    return Bellbox.pack(random_bytes(ROWS, COLUMNS) % 2**width, torch.rand(ROWS), width, half=width <= 2)
 
 
 def bit_serial(x, weight):

@@ -47,7 +47,7 @@ def make_checkpoint(folder):
         lambda w: quantize_weight(w, None, metric="magnitude", compensate=False, scale_bits=8),
         lambda w: quantize_weight(w, None, metric="magnitude", compensate=False, block_size=48),
         lambda w: quantize_weight(w, None, "sign"),
-        lambda w: Bellbox.pack(torch.randint(0, 8, w.shape, dtype=torch.uint8), torch.rand(len(w)), 3),
+        lambda w: Bellbox.pack(torch.randint(0, 8, w.shape, dtype=torch.uint8), torch.rand(len(w)), 3, half=False),
         lambda w: quantize_weight(w, None, "rtn", bits=2),
         lambda w: quantize_weight(w, None, metric="magnitude", compensate=False),
     ]

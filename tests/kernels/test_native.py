@@ -27,7 +27,7 @@ def instruction_set(request):
 
 def bellbox(rows, columns, width, generator):
     codes = torch.randint(0, 2**width, (rows, columns), dtype=torch.uint8, generator=generator)
-    return Bellbox.pack(codes, torch.rand(rows, generator=generator), width)
+    return Bellbox.pack(codes, torch.rand(rows, generator=generator), width, half=width <= 2, rotated=width != 1)
 
 
 def weights(rows, columns):
@@ -59,8 +59,8 @@ def test_agrees_with_the_reference(instruction_set, shape):
             bias = torch.randn(shape[0], generator=generator)
             for act_bits, scope in ((16, "token"), (8, "token"), (6, "tensor")):
                 if isinstance(weight, Bellbox):  # the same rotated input: a rounding of it else flips single codes
-                    rounded = quantize_activations(native.rotate(x), act_bits, scope)
-                    expected = torch.nn.functional.linear(rounded, weight.rotated(), bias)
+                    rounded = quantize_activations(native.rotate(x) if weight.rotated else x, act_bits, scope)
+                    expected = torch.nn.functional.linear(rounded, weight.levels(), bias)
                 else:
                     expected = reference.linear(x, weight, bias, act_bits, scope)
                 actual = native.linear(x, weight, bias, act_bits, scope)

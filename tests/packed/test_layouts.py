@@ -171,15 +171,15 @@ def test_the_sign_methods_scale_is_the_best_one():
 @pytest.mark.parametrize(("width", "levels"), [(1, [-0.5, 0.5]), (2, [-1.5, -0.5, 0.5, 1.5]), (3, [-4.0, 3.0])])
 def test_bellbox_levels(width, levels):
     codes = torch.tensor([[0, 2**width - 1]]) if width == 3 else torch.arange(2**width)[None]
-    weight = Bellbox.pack(codes.to(torch.uint8), torch.tensor([2.0]), width)
-    assert (weight.rotated() / 2).tolist() == [levels]
+    weight = Bellbox.pack(codes.to(torch.uint8), torch.tensor([2.0]), width, half=width <= 2)
+    assert (weight.levels() / 2).tolist() == [levels]
 
 
 def test_bellbox_meets_rotated_input():
     """(x·H)·Ŵᵀ equals x times what `dequantize` gives, in any width."""
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(0, 4, (5, 200), dtype=torch.uint8, generator=generator)
-    weight = Bellbox.pack(codes, torch.rand(5, generator=generator), 2)
+    weight = Bellbox.pack(codes, torch.rand(5, generator=generator), 2, half=True)
     x = torch.randn(3, 200, generator=generator)
     from bellbit.kernels import reference
 

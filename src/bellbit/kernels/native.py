@@ -53,16 +53,25 @@ def supports(weight: PackedTensor) -> bool:
     return not isinstance(weight, Uniform) or weight.group_size == SIGN_BLOCK
 
 
-def linear(x: Tensor, weight: PackedTensor, bias: Tensor | None, act_bits: int = 16, scope: Scope = "token") -> Tensor:
+def linear(
+    x: Tensor,
+    weight: PackedTensor,
+    bias: Tensor | None,
+    act_bits: int = 16,
+    scope: Scope = "token",
+    in_domain: bool = False,
+) -> Tensor:
     """What `reference.linear` computes, for weights that `supports` is true of."""
     arguments = _ARGUMENTS[type(weight)](weight)
+    if isinstance(weight, Bellbox) and weight.rotated and not in_domain:
+        x = rotate(x)
     return getattr(torch.ops.bellbit, weight.layout)(x, *arguments, bias, act_bits, scope == "tensor")
 
 
 _ARGUMENTS: dict[type[PackedTensor], Callable[[Any], tuple[Any, ...]]] = {
     Codebook2: lambda w: (w.codes, w.salient, w.scales, w.exponents, w.shape[1], w.block_size),
     Sign128: lambda w: (w.blocks, w.shape[1]),
-    Bellbox: lambda w: (w.codes, w.scales, w.shape[1]),
+    Bellbox: lambda w: (w.codes, w.scales, w.shape[1], w.zero),
     Uniform: lambda w: (w.codes, w.scales, w.zeros, w.shape[1]),
 }
 
@@ -136,9 +145,9 @@ def _uniform(codes: Tensor, scales: Tensor, zeros: Tensor, columns: int) -> Any:
     return _planes(codes, columns, _GROUPS, scale, zero)
 
 
-def _bellbox(codes: Tensor, scales: Tensor, columns: int) -> Any:
+def _bellbox(codes: Tensor, scales: Tensor, columns: int, zero: float) -> Any:
     scale = _require(scales, torch.float32, codes.shape[1])
-    return _planes(codes, columns, _ROWS, scale, zero=Bellbox.zero_point(codes.shape[0]))
+    return _planes(codes, columns, _ROWS, scale, zero=zero)
 
 
 _BUILDERS: dict[type[PackedTensor], Callable[..., Any]] = {
@@ -228,7 +237,7 @@ def _by_panels(unpack: Callable[[Tensor, int], None], x: Tensor, rows: int, bias
     return y if bias is None else y.add_(bias)
 
 
-def _define(name: str, arguments: str, build: Callable[..., Any], rows_axis: int, rotates: bool = False) -> None:
+def _define(name: str, arguments: str, build: Callable[..., Any], rows_axis: int) -> None:
     """Register an operator that multiplies by a weight.
 
     arguments: its stored tensors, `columns`, and options behind. build: makes of them what the kernels take.
@@ -240,8 +249,6 @@ def _define(name: str, arguments: str, build: Callable[..., Any], rows_axis: int
 
     def run(x: Tensor, *stored: Any) -> Tensor:
         *weight, bias, act_bits, shared = stored
-        if rotates:
-            x = rotate(x)
         rows = weight[0].shape[rows_axis]
         return _multiply(build(*weight), x, rows, weight[at_columns], bias, act_bits, shared)
 
@@ -298,4 +305,4 @@ if _kernels is not None:
     )
     _define("sign128", "Tensor blocks, int columns", _sign128, rows_axis=0)
     _define("uniform", "Tensor codes, Tensor scales, Tensor zeros, int columns", _uniform, rows_axis=1)
-    _define("bellbox", "Tensor codes, Tensor scales, int columns", _bellbox, rows_axis=1, rotates=True)
+    _define("bellbox", "Tensor codes, Tensor scales, int columns, float zero", _bellbox, rows_axis=1)

@@ -11,13 +11,23 @@ from bellbit.packed.planes import Bellbox
 from bellbit.packed.tensor import PackedTensor
 
 
-def linear(x: Tensor, weight: PackedTensor, bias: Tensor | None, act_bits: int = 16, scope: Scope = "token") -> Tensor:
-    """x̂·Ŵᵀ + bias, x̂ = x rounded to `act_bits`; a `bellbox` weight meets x̂ = the rotated x, rounded.
+def linear(
+    x: Tensor,
+    weight: PackedTensor,
+    bias: Tensor | None,
+    act_bits: int = 16,
+    scope: Scope = "token",
+    in_domain: bool = False,
+) -> Tensor:
+    """x̂·Ŵᵀ + bias, x̂ = x rounded to `act_bits`; a rotated `bellbox` weight meets x̂ = the rotated x, rounded.
 
-    x: (..., in), float. Returns (..., out) in x's dtype; Ŵ is rounded to it.
+    x: (..., in), float. in_domain: x is rotated already, if the weight wants it so. Returns (..., out) in x's dtype; Ŵ
+    is rounded to it.
     """
     if isinstance(weight, Bellbox):
-        x, dense = hadamard(x), weight.rotated()
+        dense = weight.levels()
+        if weight.rotated and not in_domain:
+            x = hadamard(x)
     else:
         dense = weight.dequantize()
     return torch.nn.functional.linear(quantize_activations(x, act_bits, scope), dense.to(x.dtype), bias)

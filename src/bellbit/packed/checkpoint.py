@@ -22,6 +22,7 @@ from bellbit.core.activations import ACTIVATION_BITS, Scope
 from bellbit.errors import BellbitError
 from bellbit.packed.layouts import LAYOUTS
 from bellbit.packed.tensor import PackedTensor
+from bellbit.quantizers import quantizer
 
 FORMAT_VERSION = 2
 MAX_SHARD_SIZE = "4GB"
@@ -155,10 +156,10 @@ def module_layout(
         layout = LAYOUTS[options.pop("layout")]
         if set(options) != set(layout.allowed_options):
             raise ValueError(f"its options are {sorted(options)}, not {sorted(layout.allowed_options)}")
-        if not all(type(number) is int and number > 0 for number in (rows, columns, *options.values())):
-            raise ValueError("shape and options must be positive integers")
+        if not all(type(number) is int and number > 0 for number in (rows, columns)):
+            raise ValueError("a shape is two positive integers")
         for name, allowed in layout.allowed_options.items():
-            if options[name] not in allowed:
+            if type(options[name]) is not int or options[name] not in allowed:
                 raise ValueError(f"its {name} is {options[name]}; allowed: {allowed}")
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise BellbitError(f"config.json describes the layout of {module!r} wrongly: {error!r}") from None
@@ -179,6 +180,10 @@ def check_config(quantization: Mapping[str, Any]) -> None:
     for name, allowed in (("act_bits", ACTIVATION_BITS), ("act_scope", get_args(Scope))):
         if quantization.get(name) not in allowed:
             raise BellbitError(f"config.json has {name} {quantization.get(name)!r}; allowed: {allowed}")
+    try:
+        quantizer(quantization.get("input_rule", "none"))
+    except (BellbitError, AttributeError) as error:
+        raise BellbitError(f"config.json has input_rule {quantization['input_rule']!r}: {error}") from None
     if strange := set(quantization.get("rounded_outputs", ())) - set(modules):
         raise BellbitError(f"config.json rounds the output of {sorted(strange)[0]!r}, which is not quantized")
     for module in modules:

@@ -32,6 +32,7 @@ class BellbitConfig(QuantizationConfigMixin):  # type: ignore[misc]
         act_bits: int = 16,
         act_scope: str = "token",
         rounded_outputs: Sequence[str] = (),
+        input_rule: str = "none",
         format_version: int = FORMAT_VERSION,
         provenance: dict[str, Any] | None = None,
         **_: Any,
@@ -39,7 +40,8 @@ class BellbitConfig(QuantizationConfigMixin):  # type: ignore[misc]
         """layouts: layout name and options, each. modules: index into `layouts` and shape (out, in) by linear.
 
         act_bits, act_scope: rounding of every quantized linear's input. rounded_outputs: the linears whose
-        output is rounded too. provenance: how the checkpoint was made; kept, not used.
+        output is rounded too. input_rule: METHOD:BITS of the quantizer that was trained for every linear's input.
+        provenance: how the checkpoint was made; kept, not used.
         """
         self.quant_method = QUANT_METHOD
         self.format_version = format_version
@@ -49,6 +51,7 @@ class BellbitConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.act_bits = act_bits
         self.act_scope = act_scope
         self.rounded_outputs = list(rounded_outputs)
+        self.input_rule = input_rule
         self.provenance = dict(provenance or {})
 
 
@@ -82,6 +85,7 @@ class BellbitQuantizer(HfQuantizer):  # type: ignore[misc]
                 act_bits=config.act_bits,
                 act_scope=config.act_scope,
                 round_output=name in config.rounded_outputs,
+                input_rule=config.input_rule,
                 device=torch.device("meta"),
             )
             model.set_submodule(name, packed_layer)

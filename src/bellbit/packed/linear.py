@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,8 +12,10 @@ from typing_extensions import Self
 
 from bellbit import kernels
 from bellbit.core.activations import Scope, quantize_activations
+from bellbit.core.hadamard import hadamard
 from bellbit.packed.layouts import LAYOUTS
 from bellbit.packed.tensor import PackedTensor
+from bellbit.quantizers import quantizer, rotates
 
 
 class PackedLinear(nn.Module):
@@ -34,9 +37,13 @@ class PackedLinear(nn.Module):
         act_bits: int = 16,
         act_scope: Scope = "token",
         round_output: bool = False,
+        input_rule: str = "none",
         device: torch.device | str | None = None,
     ) -> None:
-        """An uninitialized layer. shape: (out, in). round_output: round y as well as x."""
+        """An uninitialized layer. shape: (out, in). round_output: round y as well as x.
+
+        input_rule: METHOD:BITS of the quantizer that x goes through first, as it was trained; none for none.
+        """
         super().__init__()
         self.out_features, self.in_features = shape
         self.layout, self.options = layout, dict(options)
@@ -44,6 +51,12 @@ class PackedLinear(nn.Module):
         self._stored = tuple(LAYOUTS[layout].spec(shape, options))
         for name, spec in LAYOUTS[layout].spec(shape, options).items():
             self.register_buffer(name, torch.empty(spec.shape, dtype=spec.dtype, device=device))
+        self.input_rule = input_rule
+        self.input_quantizer: Any = None
+        if input_rule != "none":
+            with torch.device(device or "cpu"):
+                rule: Any = quantizer(input_rule)
+            self.input_quantizer = rule.settled()
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
 
     @classmethod
@@ -60,8 +73,18 @@ class PackedLinear(nn.Module):
         shape = (self.out_features, self.in_features)
         return LAYOUTS[self.layout].build(shape, self.options, {name: getattr(self, name) for name in self._stored})
 
+    def take_input_quantizer(self, trained: Any) -> None:
+        """Let the input go through a copy of a trained quantizer."""
+        self.input_quantizer = copy.deepcopy(trained).settled()
+
     def forward(self, x: Tensor) -> Tensor:
-        y = kernels.linear(x, self.packed, self.bias, self.act_bits, self.act_scope)
+        packed, in_domain = self.packed, False
+        if self.input_quantizer is not None:
+            x = self.input_quantizer(x)
+            in_domain = rotates(self.input_quantizer)
+            if in_domain and not getattr(packed, "rotated", False):
+                x = hadamard(x)  # back: H is its own inverse
+        y = kernels.linear(x, packed, self.bias, self.act_bits, self.act_scope, in_domain)
         return quantize_activations(y, self.act_bits, self.act_scope) if self.round_output else y
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -77,7 +100,8 @@ class PackedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         bits = self.packed.bits_per_weight
-        return f"{self.in_features}, {self.out_features}, {self.layout}, {bits:.3f} bits, A{self.act_bits}"
+        inputs = f"A{self.act_bits}" if self.input_rule == "none" else self.input_rule
+        return f"{self.in_features}, {self.out_features}, {self.layout}, {bits:.3f} bits, {inputs}"
 
 
 def packed_linears(model: nn.Module) -> dict[str, PackedLinear]:

@@ -131,22 +131,26 @@ class Sign128(PackedTensor):
 
 @dataclass(frozen=True, eq=False)
 class Bellbox(PackedTensor):
-    """Codes of maximal entropy with one scale per row, for rotated input: BBQ (arXiv 2603.01599).
+    """Codes on one grid per row: what quantization while training leaves, BBQ (arXiv 2603.01599) above all.
 
     codes: uint8 (width, out, ⌈in/8⌉), one bit plane per bit of the code, lowest first.
-    scales: float32 (out,): γ / 2^(b−1) of the paper. y = (x·H)·(scale·(code − zero))ᵀ, H blockwise Hadamard.
+    scales: float32 (out,), the distance of two levels; γ / 2^(b−1) for BBQ.
+    half: 1 if levels lie at ±½, ±3/2, …, 0 if at integers. rotated: 1 if the weight is in the domain of the rotated
+    input, y = (x·H)·(scale·(code − zero))ᵀ with H blockwise Hadamard, 0 if in the input's own.
     """
 
     layout: ClassVar[str] = "bellbox"
-    allowed_options: ClassVar[Mapping[str, Container[int]]] = {"width": range(1, 5)}
+    allowed_options: ClassVar[Mapping[str, Container[int]]] = {"width": range(1, 5), "half": (0, 1), "rotated": (0, 1)}
     width: int
+    half: int
+    rotated: int
     codes: Tensor
     scales: Tensor
 
-    @staticmethod
-    def zero_point(width: int) -> float:
-        """What is subtracted from a code: levels lie at ±½, ±3/2, … for 1 and 2 bits, at integers for 3 and 4."""
-        return 2 ** (width - 1) - (0.5 if width <= 2 else 0)
+    @property
+    def zero(self) -> float:
+        """What is subtracted from a code."""
+        return 2 ** (self.width - 1) - 0.5 * self.half
 
     @classmethod
     def spec(cls, shape: tuple[int, int], options: Mapping[str, Any]) -> dict[str, TensorSpec]:
@@ -157,18 +161,23 @@ class Bellbox(PackedTensor):
         }
 
     @classmethod
-    def pack(cls, codes: Tensor, scales: Tensor, width: int) -> Bellbox:
+    def pack(cls, codes: Tensor, scales: Tensor, width: int, half: bool, rotated: bool = True) -> Bellbox:
         """codes: uint8 (out, in), 0 … 2^width − 1. scales: float32 (out,)."""
-        shape = (codes.shape[0], codes.shape[1])
-        return cls(shape=shape, width=width, codes=pack_codes(codes, width), scales=scales.float())
+        return cls(
+            shape=(codes.shape[0], codes.shape[1]),
+            width=width,
+            half=int(half),
+            rotated=int(rotated),
+            codes=pack_codes(codes, width),
+            scales=scales.float(),
+        )
 
-    def rotated(self) -> Tensor:
-        """The weights that meet the rotated input: float32 (out, in)."""
-        codes = unpack_codes(self.codes, self.shape[1])
-        return self.scales[:, None] * (codes - self.zero_point(self.width))
+    def levels(self) -> Tensor:
+        """The weights in their own domain: float32 (out, in)."""
+        return self.scales[:, None] * (unpack_codes(self.codes, self.shape[1]) - self.zero)
 
     def dequantize(self) -> Tensor:
-        return hadamard(self.rotated())  # H is symmetric: (x·H)·Ŵᵀ = x·(Ŵ·H)ᵀ
+        return hadamard(self.levels()) if self.rotated else self.levels()  # H is symmetric: (x·H)·Ŵᵀ = x·(Ŵ·H)ᵀ
 
     @property
     def nominal_bits(self) -> float:

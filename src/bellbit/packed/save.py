@@ -79,15 +79,19 @@ def quantization_config(
     """The `quantization_config` that describes a model's packed layers."""
     layouts: list[dict[str, Any]] = []
     modules: dict[str, dict[str, Any]] = {}
-    rounded = []
+    rounded, rules = [], set()
     for name, layer in packed_linears(model).items():
         entry = {"layout": layer.layout, **layer.options}
         if entry not in layouts:
             layouts.append(entry)
         modules[name] = {"layout": layouts.index(entry), "shape": [layer.out_features, layer.in_features]}
+        rules.add(layer.input_rule)
         if layer.round_output:
             rounded.append(name)
-    return BellbitConfig(method, layouts, modules, act_bits, act_scope, rounded, provenance=provenance)
+    if len(rules) > 1:
+        raise BellbitError(f"the inputs of all linears must be quantized alike, not by {' and '.join(sorted(rules))}")
+    rule = next(iter(rules), "none")
+    return BellbitConfig(method, layouts, modules, act_bits, act_scope, rounded, rule, provenance=provenance)
 
 
 def stored_tensors(model: Any) -> dict[str, Tensor]:

@@ -173,9 +173,20 @@ class Quantizer(nn.Module):
         self.ready.fill_(True)
         self._ready = True
 
+    def settled(self) -> Quantizer:
+        """For inference: all values are there, or will come from a file. Returns itself."""
+        self._buffers.pop("ready", None)
+        self._ready = True
+        return self.requires_grad_(False).eval()
+
     def extra_repr(self) -> str:
         rows = "" if self.channels is None else f", channels={self.channels}"
         return f"{self.method}:{self.width}{rows}"
+
+
+def rotates(module: nn.Module) -> bool:
+    """Whether what a quantizer returns is rotated."""
+    return isinstance(module, Quantizer) and module.rules.rotates
 
 
 def quantizer(spec: str, channels: int | None = None) -> nn.Module:

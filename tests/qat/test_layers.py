@@ -1,0 +1,99 @@
+"""prepare → train → convert: the packed model gives what the trained one gave, also from a file."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.models.llama import LlamaConfig
+
+from bellbit.errors import BellbitError
+from bellbit.packed.checkpoint import write_shards
+from bellbit.packed.linear import PackedLinear, packed_linears
+from bellbit.packed.save import quantization_config, stored_tensors
+from bellbit.qat import QuantLinear, convert, prepare, quantizer
+from conftest import LLAMA_LIKE
+
+TOLERANCE = 1e-5  # of the largest output; measured 5e-7
+
+
+def trained(weights, activations, columns=200):
+    """A small network after one step, in evaluation mode."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(columns, 40), torch.nn.ReLU(), torch.nn.Linear(40, 7))
+    prepare(model, weights, activations)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    model(torch.randn(6, columns)).square().sum().backward()
+    optimizer.step()
+    return model.eval()
+
+
+@pytest.mark.parametrize("activations", ["bbq:2", "none", "lsq:3", "bbq-fast:4", "n2uq:2", "nf:3", "quest:1"])
+@pytest.mark.parametrize("weights", ["bbq:1", "bbq:3", "quest:3", "lsq:2", "seq:1", "seq:4", "n2uq:3"])
+def test_converted_gives_what_was_trained(weights, activations):
+    model, x = trained(weights, activations), torch.randn(5, 200)
+    with torch.no_grad():
+        expected = model(x)
+        converted = convert(model)
+        assert [type(module) for module in converted] == [PackedLinear, torch.nn.ReLU, PackedLinear]
+        error = float((converted(x) - expected).abs().max() / expected.abs().max())
+    assert error <= TOLERANCE
+    bits = int(weights[-1])
+    assert converted[0].packed.bits_per_weight == bits + 32 / 200
+
+
+def test_a_converted_model_survives_the_file(tmp_path):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**LLAMA_LIKE)).eval()
+    prepare(model, "bbq:2", "bbq-fast:3")
+    tokens = torch.randint(0, 256, (2, 20))
+    model.train()(tokens, labels=tokens).loss.backward()
+    model.eval()
+    with torch.no_grad():
+        expected = model(tokens).logits
+        convert(model)
+        write_shards(stored_tensors(model), tmp_path)
+        model.config.quantization_config = quantization_config(model, "bbq", "token", 16, {})
+        model.config.save_pretrained(tmp_path)
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+        assert len(packed_linears(loaded)) == 14
+        error = float((loaded(tokens).logits - expected).abs().max() / expected.abs().max())
+    assert error <= 1e-6  # measured 0
+
+
+def test_the_head_and_what_is_named_stay(tmp_path):
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**LLAMA_LIKE))
+    prepare(model, skip=("lm_head", "*.down_proj"))
+    kinds = {name: type(module) for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    plain = {name for name, kind in kinds.items() if kind is torch.nn.Linear}
+    assert plain == {"lm_head", "model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"}
+    assert set(kinds.values()) == {torch.nn.Linear, QuantLinear}
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("bbq:5", r"bbq is not defined at 5 bits; give bbq:1 … bbq:4"),
+        ("lsq:1", r"lsq is not defined at 1 bits; give lsq:2"),
+        ("nf", r"nf is not defined at no bits"),
+        ("awq:4", r"unknown quantizer 'awq:4'; there are none, bbq:BITS"),
+    ],
+)
+def test_what_is_not_defined_is_refused(spec, message):
+    with pytest.raises(BellbitError, match=message):
+        quantizer(spec)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3))
+    with pytest.raises(BellbitError, match=message):
+        prepare(model, weights=spec)
+    assert type(model[0]) is torch.nn.Linear
+
+
+def test_what_cannot_be_packed_says_why():
+    with pytest.raises(BellbitError, match="its weight is not quantized"):
+        convert(trained("none", "bbq:2"))
+    with pytest.raises(BellbitError, match="quantized by nf, which has no grid"):
+        convert(trained("nf:3", "bbq:2"))
+    with pytest.raises(BellbitError, match="has seen no batch yet"):
+        convert(prepare(torch.nn.Sequential(torch.nn.Linear(3, 3))))
+    with pytest.raises(BellbitError, match="nothing to convert"):
+        convert(torch.nn.Sequential(torch.nn.Linear(3, 3)))
+    with pytest.raises(BellbitError, match=r"no nn\.Linear to quantize"):
+        prepare(torch.nn.Sequential(torch.nn.ReLU()))
