@@ -31,7 +31,7 @@ def numbers():
 
 
 def close(actual, expected, tolerance):
-    error = (actual.squeeze() - expected.squeeze()).abs().max() / expected.abs().max().clamp_min(1e-30)
+    error = (actual.detach().squeeze() - expected.squeeze()).abs().max() / expected.abs().max().clamp_min(1e-30)
     assert float(error) <= tolerance, float(error)
 
 
