@@ -169,6 +169,92 @@ def quantize(
 
 
 @app.command(
+    epilog="Examples:  bellbit pretrain --preset llama-tiny --weights bbq:2 --activations bbq:2 --tokens 2000000 "
+    "--out run   |   bellbit pretrain --recipe recipes/llama-95m-bbq2.yaml --out run --resume   |   "
+    "torchrun --nproc-per-node 8 -m bellbit pretrain --recipe my.yaml --out run"
+)
+def pretrain(
+    out: Annotated[Path, typer.Option(help="Directory of the packed checkpoint; OUT.training keeps the run's state.")],
+    recipe: Annotated[Path | None, typer.Option(help="YAML file of these options; options given here win.")] = None,
+    preset: Annotated[str | None, typer.Option(help="llama-tiny, llama-95m … llama-800m, gpt-95m …")] = None,
+    model: Annotated[str | None, typer.Option(help="A transformers config.json instead of a preset.")] = None,
+    weights: Annotated[str | None, typer.Option(help="METHOD:BITS: bbq, bbq-fast, quest, lsq, seq, n2uq.")] = None,
+    activations: Annotated[str | None, typer.Option(help="The same for the inputs of linears.")] = None,
+    data: Annotated[str | None, typer.Option(help="Text: wiki-sample, wikitext2, c4 or a path.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="A model's, or train:N for N byte pairs of the text.")] = None,
+    tokens: Annotated[str | None, typer.Option(help="Tokens seen in all, as 2M or 3B.")] = None,
+    seq_len: Annotated[int | None, typer.Option(help="Tokens per sequence.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Sequences per step, over all processes.")] = None,
+    micro_batch: Annotated[int | None, typer.Option(help="Of them at a time in one process.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Largest learning rate.")] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="Of the linears' weights.")] = None,
+    clip: Annotated[float | None, typer.Option(help="Largest norm of the gradient.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of weights and order of the text.")] = None,
+    bf16: Annotated[bool | None, typer.Option(help="bfloat16 autocast.")] = None,
+    compile: Annotated[bool | None, typer.Option(help="torch.compile.")] = None,
+    log_every: Annotated[int | None, typer.Option(help="Steps between logged metrics.")] = None,
+    save_every: Annotated[int | None, typer.Option(help="Steps between training checkpoints.")] = None,
+    report_to: Annotated[str | None, typer.Option(help="none, tensorboard, wandb or trackio.")] = None,
+    resume: Annotated[bool, typer.Option(help="Go on with the run in OUT.training.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace OUT if it exists.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Train a quantized model from its first step and save it packed."""
+    from bellbit import report
+    from bellbit.qat.train import Settings, count, read_recipe
+    from bellbit.qat.train import pretrain as run
+
+    given = {
+        "preset": preset,
+        "model": model,
+        "weights": weights,
+        "activations": activations,
+        "data": data,
+        "tokenizer": tokenizer,
+        "tokens": None if tokens is None else count(tokens),
+        "seq_len": seq_len,
+        "batch": batch,
+        "micro_batch": micro_batch,
+        "lr": lr,
+        "weight_decay": weight_decay,
+        "clip": clip,
+        "seed": seed,
+        "bf16": bf16,
+        "compile": compile,
+        "log_every": log_every,
+        "save_every": save_every,
+        "report_to": report_to,
+    }
+    chosen = (read_recipe(recipe) if recipe else {}) | {
+        name: value for name, value in given.items() if value is not None
+    }
+    if chosen.get("model"):
+        chosen.setdefault("preset", None)
+    settings = Settings(**chosen)
+    what = settings.model or settings.preset
+    _say(
+        f"Training {what} with weights {settings.weights} and activations {settings.activations} on {settings.data}; "
+        f"the checkpoint goes to {out}, the run's state to {out}.training."
+    )
+    with report.progress_bar(err_console) as progress:
+        result = run(
+            out, settings, resume=resume, overwrite=overwrite, report=lambda share: progress(share, "training")
+        )
+    if as_json:
+        _print_json(result.to_dict())
+        return
+    rows = [
+        ["steps", str(result.steps)],
+        ["tokens seen", f"{result.tokens:,}"],
+        ["loss at the end", f"{result.loss:.3f}"],
+        ["bits per quantized weight, all that is stored", f"{result.bits_per_weight:.3f}"],
+        ["entropy of the weights' codes, bits", f"{result.entropy:.3f}"],
+        ["time", f"{result.seconds:.0f} s"],
+    ]
+    out_console.print(report.table(f"{result.out}", ["", settings.weights], rows))
+
+
+@app.command(
     name="eval", epilog="Examples:  bellbit eval out --data wikitext2   |   bellbit eval out --data book.txt[:10%]"
 )
 def evaluate(

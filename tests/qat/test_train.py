@@ -1,0 +1,176 @@
+"""Pre-training: schedule, groups, refusals; and whole runs, killed, resumed and shared among processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+from transformers.models.llama import LlamaConfig
+
+from bellbit.errors import BellbitError
+from bellbit.qat import prepare
+from bellbit.qat.presets import PRESETS, preset
+from bellbit.qat.train import Settings, count, one_cycle, parameter_groups, pretrain, read_recipe
+from conftest import LLAMA_LIKE
+
+pytest.importorskip("datasets")
+
+
+@pytest.fixture
+def settings(tmp_path, english):
+    """A run of seconds: 20 steps of a model with 2 blocks of width 64."""
+    tiny = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "num_key_value_heads": 2}
+    (tmp_path / "model").mkdir()
+    LlamaConfig(**LLAMA_LIKE | tiny | {"vocab_size": 320}).save_pretrained(tmp_path / "model")
+    return {
+        "preset": None,
+        "model": str(tmp_path / "model" / "config.json"),
+        "data": str(english),
+        "tokenizer": "train:320",
+        "tokens": 20 * 8 * 32,
+        "seq_len": 32,
+        "batch": 8,
+        "micro_batch": 4,
+        "lr": 1e-2,
+        "save_every": 4,
+        "log_every": 1,
+    }
+
+
+def test_one_cycle_rises_and_falls():
+    shares = [one_cycle(step, 100) for step in range(101)]
+    assert shares[0] == pytest.approx(0.01) and shares[10] == 1 and shares[100] == pytest.approx(0.1)
+    assert shares[5] == pytest.approx(0.505) and shares[55] == pytest.approx(0.55)
+
+
+def test_weight_decay_is_for_the_weights_of_linears_alone():
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**LLAMA_LIKE))
+    prepare(model)
+    decayed, others = (set(map(id, group["params"])) for group in parameter_groups(model, 0.1))
+    names = {name: id(parameter) for name, parameter in model.named_parameters()}
+    assert decayed == {key for name, key in names.items() if name.endswith("_proj.weight")}
+    assert decayed | others == set(names.values()) and not decayed & others
+
+
+def test_presets_have_the_published_sizes():
+    """Parameters in all; 430M and 800M without the embeddings (SPEC §3.3)."""
+    for name, wanted in {"llama-95m": 95, "llama-125m": 125, "llama-200m": 200, "llama-300m": 300}.items():
+        config = preset(name).config(32000, {})
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(wanted, rel=0.11)  # names are rounded
+    assert all(name in PRESETS for size in ("95m", "430m", "800m") for name in (f"llama-{size}", f"gpt-{size}"))
+
+
+def test_a_run_learns_and_its_checkpoint_is_packed(settings, tmp_path):
+    result = pretrain(tmp_path / "out", Settings(**settings))
+    history = json.loads((tmp_path / "out.training" / "checkpoint-20" / "trainer_state.json").read_text())[
+        "log_history"
+    ]
+    first = next(entry for entry in history if "loss" in entry)
+    assert result.loss < first["loss"] - 0.5
+    assert first["grad_norm"] > 0 and 1.9 < first["code_entropy"] <= 2 and first["gamma_weight"] > 0
+    assert result.steps == 20 and result.tokens == 20 * 8 * 32
+    assert 2 < result.bits_per_weight < 2.6  # 32-bit scales over rows of 64 and 96
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.config.quantization_config.input_rule == "bbq:2"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weights": "lsq:1"}, "lsq is not defined at 1 bits"),
+        ({"weights": "nf:3"}, "cannot be saved packed"),
+        ({"activations": "none"}, "cannot be saved packed"),
+        ({"preset": "llama-1t", "model": None}, "unknown preset 'llama-1t'; there are llama-tiny"),
+        ({"preset": "llama-tiny"}, "give either --preset or --model"),
+        ({"lr": -1}, "--lr -1 is not possible"),
+        ({"micro_batch": 3}, "--batch 8 is no multiple of --micro-batch 3"),
+        ({"batch": 100_000, "micro_batch": 100_000}, "too few for one batch of 100000"),
+        ({"tokenizer": "train:9"}, "--tokenizer train:9 is not possible"),
+        ({"lr": 1e30}, "the loss is nan after step"),
+    ],
+)
+def test_what_cannot_be_is_said(settings, tmp_path, change, message):
+    with pytest.raises(BellbitError, match=message):
+        pretrain(tmp_path / "out", Settings(**settings | change))
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_settings_do_not_resume(settings, tmp_path):
+    pretrain(tmp_path / "out", Settings(**settings | {"tokens": 4 * 8 * 32}))
+    with pytest.raises(BellbitError, match=r"--resume: lr was 0.01 in .* and is 0.1 now"):
+        pretrain(tmp_path / "out2", Settings(**settings), resume=False)
+        (tmp_path / "out").rename(tmp_path / "moved")
+        pretrain(tmp_path / "out", Settings(**settings | {"tokens": 4 * 8 * 32, "lr": 0.1}), resume=True)
+    with pytest.raises(BellbitError, match="holds an unfinished run: --resume goes on"):
+        pretrain(tmp_path / "out", Settings(**settings))
+
+
+def test_recipes_and_counts(tmp_path):
+    (tmp_path / "good.yaml").write_text("preset: llama-95m\nlr: 0.001\n")
+    assert read_recipe(tmp_path / "good.yaml") == {"preset": "llama-95m", "lr": 0.001}
+    (tmp_path / "bad.yaml").write_text("learning_rate: 1\n")
+    with pytest.raises(BellbitError, match="there is no 'learning_rate'; fields are preset"):
+        read_recipe(tmp_path / "bad.yaml")
+    assert [count(text) for text in ("2M", "3b", "1500", "0.5K")] == [2_000_000, 3_000_000_000, 1500, 500]
+    with pytest.raises(BellbitError, match="--tokens 'many' is no number"):
+        count("many")
+
+
+RUN = (
+    "import json, sys; from bellbit.qat.train import *; pretrain(sys.argv[1], Settings(**json.loads(sys.argv[2])), {})"
+)
+
+
+def start(out, settings, launcher=(), resume=True):
+    script = RUN.format("resume=True" if resume else "")
+    command = [sys.executable, *launcher] if launcher else [sys.executable]
+    program = out.with_name("program.py")
+    program.write_text(script)
+    return subprocess.Popen(
+        [*command, str(program), str(out), json.dumps(settings)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def weights_of(out):
+    return load_file(out / "model.safetensors")
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_equals_uninterrupted(settings, tmp_path):
+    whole = start(tmp_path / "whole", settings)
+    assert whole.wait() == 0, whole.stderr.read()
+    for checkpoint in (4, 12):
+        process = start(tmp_path / "cut", settings)
+        while process.poll() is None and not (tmp_path / "cut.training" / f"checkpoint-{checkpoint}").exists():
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert not (tmp_path / "cut").exists()
+    last = start(tmp_path / "cut", settings)
+    assert last.wait() == 0, last.stderr.read()
+    expected, actual = weights_of(tmp_path / "whole"), weights_of(tmp_path / "cut")
+    assert set(expected) == set(actual)
+    assert all(torch.equal(expected[name], actual[name]) for name in expected)
+
+
+@pytest.mark.slow
+def test_two_processes_follow_the_loss_of_one(settings, tmp_path):
+    losses = {}
+    for name, launcher in (("one", ()), ("two", ("-m", "torch.distributed.run", "--nproc-per-node", "2"))):
+        process = start(tmp_path / name, settings, launcher, resume=False)
+        assert process.wait() == 0, process.stderr.read()
+        state = tmp_path / f"{name}.training" / "checkpoint-20" / "trainer_state.json"
+        losses[name] = [entry["loss"] for entry in json.loads(state.read_text())["log_history"] if "loss" in entry]
+    difference = max(abs(a - b) for a, b in zip(losses["one"], losses["two"], strict=True))
+    assert len(losses["one"]) == 20 and difference <= 1e-4
