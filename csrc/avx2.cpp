@@ -31,6 +31,20 @@ struct Avx2 {
     sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
     return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
   }
+  // a + b and a − b in place of a and b, H lanes apart.
+  template <int H>
+  static __m256 butterfly8(__m256 x) {
+    const __m256 other = H == 1   ? _mm256_permute_ps(x, 0xB1)
+                         : H == 2 ? _mm256_permute_ps(x, 0x4E)
+                                  : _mm256_permute2f128_ps(x, x, 1);
+    constexpr int kSecond = H == 1 ? 0xAA : H == 2 ? 0xCC : 0xF0;
+    return _mm256_blend_ps(_mm256_add_ps(x, other), _mm256_sub_ps(other, x), kSecond);
+  }
+  template <int H>
+  static F butterfly(F x) {
+    if constexpr (H == 8) return {_mm256_add_ps(x.low, x.high), _mm256_sub_ps(x.low, x.high)};
+    else return {butterfly8<H>(x.low), butterfly8<H>(x.high)};
+  }
   // By their bits: those of a NaN are larger than all others.
   static __m256 max_bits(__m256 a, __m256 b) {
     return _mm256_castsi256_ps(_mm256_max_epi32(_mm256_castps_si256(a), _mm256_castps_si256(b)));

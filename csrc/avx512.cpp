@@ -21,6 +21,17 @@ struct Avx512 {
   static F add(F a, F b) { return _mm512_add_ps(a, b); }
   static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
   static float reduce(F a) { return _mm512_reduce_add_ps(a); }
+  // a + b and a − b in place of a and b, H lanes apart.
+  template <int H>
+  static F butterfly(F x) {
+    __m512 other;
+    if constexpr (H == 1) other = _mm512_permute_ps(x, 0xB1);
+    else if constexpr (H == 2) other = _mm512_permute_ps(x, 0x4E);
+    else if constexpr (H == 4) other = _mm512_shuffle_f32x4(x, x, 0xB1);
+    else other = _mm512_shuffle_f32x4(x, x, 0x4E);
+    constexpr __mmask16 kSecond = H == 1 ? 0xAAAA : H == 2 ? 0xCCCC : H == 4 ? 0xF0F0 : 0xFF00;
+    return _mm512_mask_sub_ps(_mm512_add_ps(x, other), kSecond, other, x);
+  }
   // By their bits: those of a NaN are larger than all others.
   static F max_abs(F a, F b) {
     return _mm512_castsi512_ps(_mm512_max_epi32(_mm512_castps_si512(a), _mm512_castps_si512(_mm512_abs_ps(b))));

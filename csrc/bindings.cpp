@@ -106,9 +106,9 @@ NB_MODULE(_kernels, m) {
         self.step(token, position, floats(logits), threads);
       });
 
-  m.def("hadamard", [](Address x, int64_t tokens, int64_t columns) {
+  m.def("hadamard", [](Address x, int64_t tokens, int64_t columns, int threads) {
     const nb::gil_scoped_release release;
-    chosen().hadamard(floats(x), tokens, columns);
+    rotate(floats(x), tokens, columns, threads);
   });
   m.def("available", [] {
     const Kernels* const* list;

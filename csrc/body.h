@@ -109,6 +109,10 @@ struct Body {
   }
 
   static void transform(float* x, int64_t size) {
+    if (size == 8 * kLanes) return transform_lanes<8>(x);
+    if (size == 4 * kLanes) return transform_lanes<4>(x);
+    if (size == 2 * kLanes) return transform_lanes<2>(x);
+    if (size == kLanes) return transform_lanes<1>(x);
     for (int64_t half = 1; half < size; half *= 2)
       for (int64_t i = 0; i < size; i += 2 * half)
         for (int64_t j = i; j < i + half; j++) {
@@ -118,6 +122,29 @@ struct Body {
         }
     const float norm = 1 / std::sqrt(static_cast<float>(size));
     for (int64_t i = 0; i < size; i++) x[i] *= norm;
+  }
+
+  // N registers: first the neighbours inside each, (a, b) to (a + b, a − b), then register against register.
+  template <int N>
+  static void transform_lanes(float* x) {
+    F parts[N];
+    for (int i = 0; i < N; i++) {
+      parts[i] = S::load(x + i * kLanes);
+      parts[i] = S::template butterfly<1>(parts[i]);
+      parts[i] = S::template butterfly<2>(parts[i]);
+      parts[i] = S::template butterfly<4>(parts[i]);
+      parts[i] = S::template butterfly<8>(parts[i]);
+    }
+    const F minus = S::set1(-1);
+    for (int half = 1; half < N; half *= 2)
+      for (int i = 0; i < N; i++)
+        if (!(i & half)) {
+          const F a = parts[i], b = parts[i + half];
+          parts[i] = S::add(a, b);
+          parts[i + half] = S::fma(minus, b, a);
+        }
+    const F norm = S::set1(1 / std::sqrt(static_cast<float>(N * kLanes)));
+    for (int i = 0; i < N; i++) S::store(x + i * kLanes, S::fma(parts[i], norm, S::zero()));
   }
 
   static void prepare(const float* x, int64_t tokens, int64_t columns, int limit, bool shared, float* values,

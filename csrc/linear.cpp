@@ -125,4 +125,18 @@ void unpack(const Weight& weight, float* out, int64_t first, int64_t last, int t
     unpack_rows(chosen().unpack_codebook, *codebook, out, first, last, threads);
 }
 
+void rotate(float* x, int64_t tokens, int64_t columns, int threads) {
+  struct Call {
+    float* x;
+    int64_t columns;
+  } const call{x, columns};
+  parallel_for(
+      tokens, grain(columns), threads,
+      [](const void* context, int64_t first, int64_t last) {
+        const Call& c = *static_cast<const Call*>(context);
+        chosen().hadamard(c.x + first * c.columns, last - first, c.columns);
+      },
+      &call);
+}
+
 }  // namespace bellbit

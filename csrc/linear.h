@@ -31,4 +31,7 @@ void multiply(const Weight& weight, const Input& input, const float* bias, float
 // Rows first … last as floats, (last − first, columns). Not for Dense.
 void unpack(const Weight& weight, float* out, int64_t first, int64_t last, int threads);
 
+// x (tokens, columns) times the normalized blockwise Hadamard matrix, in place.
+void rotate(float* x, int64_t tokens, int64_t columns, int threads);
+
 }  // namespace bellbit

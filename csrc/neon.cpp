@@ -29,6 +29,20 @@ struct Neon {
   static float reduce(F a) {
     return vaddvq_f32(vaddq_f32(vaddq_f32(a.part[0], a.part[1]), vaddq_f32(a.part[2], a.part[3])));
   }
+  // a + b and a − b in place of a and b, H lanes apart.
+  template <int H>
+  static F butterfly(const F& x) {
+    return each([&](int i) {
+      if constexpr (H >= 4) {
+        const int other = i ^ (H / 4);
+        return i < other ? vaddq_f32(x.part[i], x.part[other]) : vsubq_f32(x.part[other], x.part[i]);
+      } else {
+        const float32x4_t a = x.part[i], b = H == 1 ? vrev64q_f32(a) : vextq_f32(a, a, 2);
+        static constexpr uint32_t kSecond[2][4] = {{0, ~0u, 0, ~0u}, {0, 0, ~0u, ~0u}};
+        return vbslq_f32(vld1q_u32(kSecond[H - 1]), vsubq_f32(b, a), vaddq_f32(a, b));
+      }
+    });
+  }
   static F max_abs(F a, F b) { return each([&](int i) { return vmaxq_f32(a.part[i], vabsq_f32(b.part[i])); }); }
   static float reduce_max(F a) {
     return vmaxvq_f32(vmaxq_f32(vmaxq_f32(a.part[0], a.part[1]), vmaxq_f32(a.part[2], a.part[3])));

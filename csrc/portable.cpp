@@ -43,6 +43,11 @@ struct Portable {
       for (int i = 0; i < width; i++) a.lane[i] += a.lane[i + width];
     return a.lane[0];
   }
+  // a + b and a − b in place of a and b, H lanes apart.
+  template <int H>
+  static F butterfly(const F& x) {
+    return each([&](int i) { return i & H ? x.lane[i ^ H] - x.lane[i] : x.lane[i] + x.lane[i ^ H]; });
+  }
   // A NaN is larger than all others.
   static float most(float a, float b) { return a > b || std::isnan(a) ? a : b; }
   static F max_abs(F a, F b) { return each([&](int i) { return most(a.lane[i], std::fabs(b.lane[i])); }); }

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from bellbit.core import baselines, bellbox
-from bellbit.core.hadamard import hadamard
 from bellbit.errors import BellbitError
+from bellbit.kernels import rotate
 
 RUNNING_SHARE = 0.01  # of the newest batch in bbq-fast's running 1/rms
 
@@ -155,7 +155,7 @@ class Quantizer(nn.Module):
         self._ready = bool(self.ready)
 
     def forward(self, x: Tensor) -> Tensor:
-        v = hadamard(x) if self.rules.rotates else x
+        v = rotate(x) if self.rules.rotates else x
         if not self._ready:
             self._start(v)
         return self.rules.apply(self, v)

@@ -84,6 +84,10 @@ def test_rotation(instruction_set, width):
     x = torch.randn(2, 3, width, generator=torch.Generator().manual_seed(width))
     check(native.rotate(x), hadamard(x), width)
     check(native.rotate(native.rotate(x)), x, width)
+    x.requires_grad_()
+    grad = torch.randn(2, 3, width)
+    native.rotate(x).backward(grad)
+    check(x.grad, hadamard(grad), width)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -19,9 +19,12 @@ def zero_point(width: int) -> float:
 
 def inverse_rms(v: Tensor, by_row: bool) -> Tensor:
     """1 / max(rms, 1e-8): over the last dimension (..., 1), or of the whole tensor (). float32."""
-    square = v.float().square()
-    mean = square.mean(dim=-1, keepdim=True) if by_row else square.mean()
-    return 1 / mean.sqrt().clamp_min(SMALLEST_RMS)
+    wide = v.float()
+    if by_row:
+        rms = torch.linalg.vector_norm(wide, dim=-1, keepdim=True) / wide.shape[-1] ** 0.5
+    else:
+        rms = torch.linalg.vector_norm(wide) / wide.numel() ** 0.5
+    return 1 / rms.clamp_min(SMALLEST_RMS)
 
 
 def normal_codes(u: Tensor, width: int) -> Tensor:
@@ -31,7 +34,7 @@ def normal_codes(u: Tensor, width: int) -> Tensor:
 
 
 class _Bellbox(torch.autograd.Function):
-    """y = γ/2^(b−1)·(code − zero), straight through the rounding alone. Keeps u = v/rms and the two small factors."""
+    """y = γ/2^(b−1)·(code − zero), straight through the rounding alone. Keeps u = v/rms and, in bytes, the codes."""
 
     @staticmethod
     def forward(
@@ -39,19 +42,19 @@ class _Bellbox(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         inverse = inverse_rms(v, by_row) if running is None else running.float()
         u = v.float() * inverse
-        levels = normal_codes(u, width).sub_(zero_point(width))
-        ctx.save_for_backward(u.to(v.dtype), gamma, inverse)
+        codes = normal_codes(u, width)
+        ctx.save_for_backward(u.to(v.dtype), codes.to(torch.uint8), gamma, inverse)
+        levels = codes.sub_(zero_point(width))
         ctx.width, ctx.by_row, ctx.live = width, by_row, running is None
         ctx.mark_non_differentiable(inverse)
         return (levels * (gamma.float() / 2 ** (width - 1))).to(v.dtype), inverse
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        u, gamma, inverse = ctx.saved_tensors
+        u, codes, gamma, inverse = ctx.saved_tensors
         dtype = u.dtype
         u, grad = u.float(), grad.float()
-        levels = normal_codes(u, ctx.width).sub_(zero_point(ctx.width))
-        wrt_gamma = grad * levels / 2 ** (ctx.width - 1)
+        wrt_gamma = (codes.float().sub_(zero_point(ctx.width)).mul_(grad)).div_(2 ** (ctx.width - 1))
         wrt_gamma = wrt_gamma.sum(dim=-1, keepdim=True) if gamma.ndim else wrt_gamma.sum()
         # dy/du = γ/2^(b−1) · 2ᵇ·φ(u)
         wrt_u = (u.square() * -0.5).exp_().mul_(2 / math.sqrt(2 * math.pi)).mul_(gamma.float()).mul_(grad)

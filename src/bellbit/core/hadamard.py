@@ -27,10 +27,22 @@ def sylvester(size: int) -> Tensor:
 def hadamard(x: Tensor) -> Tensor:
     """x·H with H block-diagonal over the last dimension, any width: (..., width), in x's dtype."""
     whole = x.shape[-1] // BLOCK * BLOCK
-    matrix = sylvester(BLOCK).to(x)
-    parts = [(x[..., :whole].unflatten(-1, (-1, BLOCK)) @ matrix).flatten(-2)] if whole else []
+    parts = []
+    if whole:
+        parts.append((x[..., :whole].unflatten(-1, (-1, BLOCK)) @ _matrix(BLOCK, x.dtype, x.device)).flatten(-2))
     start = whole
     for size in block_sizes(x.shape[-1] - whole):
-        parts.append(x[..., start : start + size] @ sylvester(size).to(x))
+        parts.append(x[..., start : start + size] @ _matrix(size, x.dtype, x.device))
         start += size
-    return torch.cat(parts, dim=-1)
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+
+_MATRICES: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
+
+
+def _matrix(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`sylvester` where and as it is needed, made once: a plain dict, which torch.compile sees through."""
+    key = (size, dtype, device)
+    if key not in _MATRICES:
+        _MATRICES[key] = sylvester(size).to(device, dtype)
+    return _MATRICES[key]

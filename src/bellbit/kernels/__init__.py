@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from bellbit.core.activations import Scope
+from bellbit.core.hadamard import hadamard
 from bellbit.kernels import native, reference
 from bellbit.packed.tensor import PackedTensor
 
@@ -32,7 +33,12 @@ def linear(
     return (native if fits else reference).linear(x, weight, bias, act_bits, scope, in_domain)
 
 
+def rotate(x: Tensor) -> Tensor:
+    """x·H, blockwise Hadamard over the last dimension, with a gradient: (..., width), in x's dtype."""
+    return native.rotate(x) if x.device.type == "cpu" and native.BUILT else hadamard(x)
+
+
 def dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x·Wᵀ + bias for a weight in 16 bits, bfloat16 or float16 (out, in), computed in x's dtype."""
-    fits = _native_takes(x) and native.available()
+    fits = _native_takes(x) and native.BUILT
     return native.dense(x, weight, bias) if fits else torch.nn.functional.linear(x, weight.to(x.dtype), bias)

@@ -23,6 +23,7 @@ try:
 except ImportError:  # built without a compiler
     _kernels = None
 
+BUILT = _kernels is not None  # a constant: torch.compile breaks its graph at calls into an extension
 FEW_TOKENS = 16  # up to here the packed kernels beat a product with unpacked panels
 PANEL_BYTES = 1 << 23  # of unpacked weights at a time: they stay in the cache between unpacking and product
 _SIGN128, _GROUPS, _ROWS = range(3)  # Grid in csrc/kernels.h
@@ -266,7 +267,9 @@ def rotate(x: Tensor) -> Tensor:
 
 def _rotate(x: Tensor) -> Tensor:
     rotated = x.to(torch.float32, copy=True).contiguous()
-    _kernels.hadamard(rotated.data_ptr(), rotated.numel() // rotated.shape[-1], rotated.shape[-1])
+    _kernels.hadamard(
+        rotated.data_ptr(), rotated.numel() // rotated.shape[-1], rotated.shape[-1], torch.get_num_threads()
+    )
     return rotated.to(x.dtype)
 
 
@@ -297,6 +300,12 @@ if _kernels is not None:
     _LIBRARY.define("hadamard(Tensor x) -> Tensor")
     _LIBRARY.impl("hadamard", _rotate, "CPU")
     torch.library.register_fake("bellbit::hadamard", torch.empty_like, lib=_LIBRARY)
+    torch.library.register_autograd(  # H is symmetric
+        "bellbit::hadamard",
+        lambda ctx, grad: rotate(grad),
+        setup_context=lambda ctx, inputs, output: None,
+        lib=_LIBRARY,
+    )
     _define(
         "codebook2",
         "Tensor codes, Tensor salient, Tensor scales, Tensor? exponents, int columns, int block_size",

@@ -12,7 +12,6 @@ from typing_extensions import Self
 
 from bellbit import kernels
 from bellbit.core.activations import Scope, quantize_activations
-from bellbit.core.hadamard import hadamard
 from bellbit.packed.layouts import LAYOUTS
 from bellbit.packed.tensor import PackedTensor
 from bellbit.quantizers import quantizer, rotates
@@ -83,7 +82,7 @@ class PackedLinear(nn.Module):
             x = self.input_quantizer(x)
             in_domain = rotates(self.input_quantizer)
             if in_domain and not getattr(packed, "rotated", False):
-                x = hadamard(x)  # back: H is its own inverse
+                x = kernels.rotate(x)  # back: H is its own inverse
         y = kernels.linear(x, packed, self.bias, self.act_bits, self.act_scope, in_domain)
         return quantize_activations(y, self.act_bits, self.act_scope) if self.round_output else y
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from bellbit.core import baselines, bellbox
-from bellbit.core.hadamard import hadamard
 from bellbit.errors import BellbitError
+from bellbit.kernels import rotate
 from bellbit.packed.linear import PackedLinear
 from bellbit.packed.planes import Bellbox
 from bellbit.quantizers import Quantizer, quantizer, rotates
@@ -29,9 +29,9 @@ class QuantLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         inputs, weight = self.input_quantizer(x), self.weight_quantizer(self.weight)
         if rotates(self.weight_quantizer) and not rotates(self.input_quantizer):
-            inputs = hadamard(inputs)
+            inputs = rotate(inputs)
         elif rotates(self.input_quantizer) and not rotates(self.weight_quantizer):
-            weight = hadamard(weight)
+            weight = rotate(weight)
         return nn.functional.linear(inputs, weight, self.bias)
 
 
@@ -91,7 +91,7 @@ def pack(layer: QuantLinear, name: str = "the layer") -> Bellbox:
     if not bool(rule.ready):
         raise BellbitError(f"{name} cannot be packed: its quantizer has seen no batch yet")
     weight = layer.weight.detach().float()
-    codes, scale = grid(rule, hadamard(weight) if rotates(rule) else weight)
+    codes, scale = grid(rule, rotate(weight) if rotates(rule) else weight)
     half = rule.method not in ("bbq", "bbq-fast") or rule.width <= 2
     scales = scale.expand(len(weight), 1).squeeze(1).contiguous()
     return Bellbox.pack(codes.to(torch.uint8), scales, rule.width, half, rotates(rule))
