@@ -23,7 +23,7 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 
 bench: $(VENV)/.dev
-	@failed=0; for name in algorithm memory kernels inference quality; do \
+	@failed=0; for name in algorithm memory kernels inference training quality; do \
 	    echo "benchmarks/$$name.py"; $(BIN)/python benchmarks/$$name.py || failed=1; done; exit $$failed
 
 check-kernels: $(VENV)/.runtime

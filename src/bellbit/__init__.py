@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import wrapt
 
 if TYPE_CHECKING:
+    from bellbit import qat as qat
     from bellbit.core.ltdb import learn_column_scales as learn_column_scales
     from bellbit.errors import BellbitError as BellbitError
     from bellbit.packed.tensor import PackedTensor as PackedTensor
@@ -26,11 +27,13 @@ _HOMES = {
     "quantize": "bellbit.ptq.quantize",
     "quantize_weight": "bellbit.ptq.methods",
 }
-__all__ = ["__version__", *_HOMES]
+__all__ = ["__version__", "qat", *_HOMES]
 
 
 def __getattr__(name: str) -> Any:
     """Imports the public functions when first used: torch and transformers take seconds, `--help` must not."""
+    if name == "qat":
+        return importlib.import_module("bellbit.qat")
     if name not in _HOMES:
         raise AttributeError(f"module 'bellbit' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)

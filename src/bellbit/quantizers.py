@@ -39,25 +39,26 @@ def _per_row(channels: int | None) -> tuple[int, ...]:
     return () if channels is None else (channels, 1)
 
 
-def _bbq(quantizer: Any, v: Tensor) -> Tensor:
-    gamma = baselines.scaled_gradient(quantizer.gamma, v.numel() ** -0.5)
-    return bellbox.bellbox(v, gamma, quantizer.width, quantizer.channels is not None)[0]
+def _bbq(quantizer: Any, x: Tensor) -> Tensor:
+    gamma = baselines.scaled_gradient(quantizer.gamma, x.numel() ** -0.5)
+    return bellbox.bellbox(x, gamma, quantizer.width, quantizer.channels is not None, rotate=rotate)[0]
 
 
-def _bbq_fast(quantizer: Any, v: Tensor) -> Tensor:
+def _bbq_fast(quantizer: Any, x: Tensor) -> Tensor:
     if quantizer.channels is not None:
-        return _bbq(quantizer, v)
-    gamma = baselines.scaled_gradient(quantizer.gamma, v.numel() ** -0.5)
+        return _bbq(quantizer, x)
+    gamma = baselines.scaled_gradient(quantizer.gamma, x.numel() ** -0.5)
     running = quantizer.inverse_rms
     if not quantizer.training:
-        return bellbox.bellbox(v, gamma, quantizer.width, False, running)[0]
-    y, inverse = bellbox.bellbox(v, gamma, quantizer.width, False)
+        return bellbox.bellbox(x, gamma, quantizer.width, False, running, rotate)[0]
+    y, inverse = bellbox.bellbox(x, gamma, quantizer.width, False, rotate=rotate)
     with torch.no_grad():
         running.lerp_(inverse, RUNNING_SHARE)
     return y
 
 
-def _bbq_start(v: Tensor, width: int, channels: int | None) -> dict[str, Tensor]:
+def _bbq_start(x: Tensor, width: int, channels: int | None) -> dict[str, Tensor]:
+    v = rotate(x)  # its rms is x's, but for rounding
     inverse = bellbox.inverse_rms(v, by_row=False)
     return {"gamma": bellbox.INIT / inverse, "inverse_rms": inverse}
 
@@ -107,7 +108,7 @@ METHODS: dict[str, Method] = {
         lambda width, channels: {} if channels else {"inverse_rms": ()},
         _bbq_start,
     ),
-    "quest": Method((1, 2, 3, 4), lambda q, v: baselines.quest(v, q.width), rotates=True),
+    "quest": Method((1, 2, 3, 4), lambda q, x: baselines.quest(rotate(x), q.width), rotates=True),
     "lsq": Method(
         (2, 3, 4),
         lambda q, x: baselines.lsq(x, q.step, q.width),
@@ -155,16 +156,15 @@ class Quantizer(nn.Module):
         self._ready = bool(self.ready)
 
     def forward(self, x: Tensor) -> Tensor:
-        v = rotate(x) if self.rules.rotates else x
         if not self._ready:
-            self._start(v)
-        return self.rules.apply(self, v)
+            self._start(x)
+        return self.rules.apply(self, x)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
-    def _start(self, v: Tensor) -> None:
+    def _start(self, x: Tensor) -> None:
         """First values; with several processes those of the first one, so that all begin alike."""
-        values = self.rules.start(v.float(), self.width, self.channels)
+        values = self.rules.start(x.float(), self.width, self.channels)
         for name, target in [*self.named_parameters(), *self.named_buffers()]:
             if name in values:
                 target.copy_(values[name].expand_as(target))

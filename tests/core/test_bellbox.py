@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from bellbit.core.bellbox import SMALLEST_RMS, bellbox, inverse_rms, normal_codes, zero_point
+from bellbit.core.hadamard import hadamard
 
 # SPEC §3: where Φ passes from one code to the next.
 THRESHOLDS = {
@@ -34,7 +35,7 @@ def test_gradients_are_those_of_the_formula(width, shape, live):
     running = None if live else torch.tensor(0.4)
     expected = composed(v, gamma, width, by_row, running)
     wanted = torch.autograd.grad(expected, (v, gamma), grad)
-    y, inverse = bellbox(v, gamma, width, by_row, running)
+    y, inverse = bellbox(v, gamma, width, by_row, running, None)
     found = torch.autograd.grad(y, (v, gamma), grad)
     assert torch.equal(inverse, inverse_rms(v, by_row) if live else running)
     torch.testing.assert_close(y, expected, rtol=1e-6, atol=1e-6)
@@ -64,13 +65,21 @@ def test_rows_of_zeros_and_large_numbers_stay_finite(dtype, by_row):
     v[2, 0] = 60_000
     v.requires_grad_()
     gamma = torch.ones((3, 1) if by_row else (), requires_grad=True)
-    y, _ = bellbox(v, gamma, 2, by_row)
+    y, _ = bellbox(v, gamma, 2, by_row, rotate=None)
     y.sum().backward()
     assert y.dtype == v.grad.dtype == dtype and gamma.grad.dtype == torch.float32
     assert all(bool(t.isfinite().all()) for t in (y, v.grad, gamma.grad))
 
 
-def test_it_keeps_one_tensor_of_the_inputs_size_and_one_of_bytes():
+def test_the_rotation_is_part_of_it():
+    x, gamma = torch.randn(4, 200, requires_grad=True), torch.ones(4, 1)
+    grad = torch.randn(4, 200)
+    expected = torch.autograd.grad(composed(hadamard(x), gamma, 3, True), x, grad)[0]
+    found = torch.autograd.grad(bellbox(x, gamma, 3, True)[0], x, grad)[0]
+    assert float((found - expected).abs().max()) <= 1e-5 * float(expected.abs().max())  # measured 8e-7
+
+
+def test_it_keeps_its_input_and_one_tensor_of_bytes():
     v, gamma = torch.randn(64, 256, dtype=torch.bfloat16, requires_grad=True), torch.ones(64, 1, requires_grad=True)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):

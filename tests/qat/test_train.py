@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -111,6 +112,12 @@ def test_other_settings_do_not_resume(settings, tmp_path):
         pretrain(tmp_path / "out", Settings(**settings | {"tokens": 4 * 8 * 32, "lr": 0.1}), resume=True)
     with pytest.raises(BellbitError, match="holds an unfinished run: --resume goes on"):
         pretrain(tmp_path / "out", Settings(**settings))
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
+def test_published_recipes_fit(path):
+    settings = Settings(**read_recipe(path))
+    assert preset(settings.preset).tokens >= 3e9 and settings.batch * preset(settings.preset).seq_len == 262_144
 
 
 def test_recipes_and_counts(tmp_path):

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from bellbit.core.hadamard import hadamard
+
+Rotate = Callable[[Tensor], Tensor]
 
 INIT = 1.694  # γ starts at this times the rms of what is quantized
 SMALLEST_RMS = 1e-8
@@ -34,26 +39,31 @@ def normal_codes(u: Tensor, width: int) -> Tensor:
 
 
 class _Bellbox(torch.autograd.Function):
-    """y = γ/2^(b−1)·(code − zero), straight through the rounding alone. Keeps u = v/rms and, in bytes, the codes."""
+    """y = γ/2^(b−1)·(code − zero), straight through the rounding alone.
+
+    Keeps x, which others keep, too, and the codes in bytes; x·H and u = v/rms are made again on the way back, which
+    takes less time than the memory of either is worth.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, v: Tensor, gamma: Tensor, width: int, by_row: bool, running: Tensor | None
+        ctx: Any, x: Tensor, gamma: Tensor, width: int, by_row: bool, running: Tensor | None, rotate: Rotate | None
     ) -> tuple[Tensor, Tensor]:
+        v = x if rotate is None else rotate(x)
         inverse = inverse_rms(v, by_row) if running is None else running.float()
-        u = v.float() * inverse
-        codes = normal_codes(u, width)
-        ctx.save_for_backward(u.to(v.dtype), codes.to(torch.uint8), gamma, inverse)
-        levels = codes.sub_(zero_point(width))
-        ctx.width, ctx.by_row, ctx.live = width, by_row, running is None
+        codes = normal_codes(v.float() * inverse, width)
+        ctx.save_for_backward(x, codes.to(torch.uint8), gamma, inverse)
+        ctx.width, ctx.by_row, ctx.live, ctx.rotate = width, by_row, running is None, rotate
         ctx.mark_non_differentiable(inverse)
-        return (levels * (gamma.float() / 2 ** (width - 1))).to(v.dtype), inverse
+        levels = codes.sub_(zero_point(width))
+        return (levels * (gamma.float() / 2 ** (width - 1))).to(x.dtype), inverse
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        u, codes, gamma, inverse = ctx.saved_tensors
-        dtype = u.dtype
-        u, grad = u.float(), grad.float()
+        x, codes, gamma, inverse = ctx.saved_tensors
+        rotate = ctx.rotate
+        u = (x if rotate is None else rotate(x)).float() * inverse
+        grad = grad.float()
         wrt_gamma = (codes.float().sub_(zero_point(ctx.width)).mul_(grad)).div_(2 ** (ctx.width - 1))
         wrt_gamma = wrt_gamma.sum(dim=-1, keepdim=True) if gamma.ndim else wrt_gamma.sum()
         # dy/du = γ/2^(b−1) · 2ᵇ·φ(u)
@@ -63,18 +73,22 @@ class _Bellbox(torch.autograd.Function):
             mean = product.mean(dim=-1, keepdim=True) if ctx.by_row else product.mean()
             wrt_u = wrt_u.addcmul_(u, mean, value=-1)
         wrt_v = wrt_u.mul_(inverse)
-        if dtype == torch.float16:
-            wrt_v = wrt_v.clamp_(*(torch.finfo(dtype).min, torch.finfo(dtype).max))
-        return wrt_v.to(dtype), wrt_gamma.to(gamma.dtype), None, None, None
+        wrt_x = wrt_v if rotate is None else rotate(wrt_v)  # H is symmetric
+        if x.dtype == torch.float16:
+            wrt_x = wrt_x.clamp(torch.finfo(x.dtype).min, torch.finfo(x.dtype).max)
+        return wrt_x.to(x.dtype), wrt_gamma.to(gamma.dtype), None, None, None, None
 
 
-def bellbox(v: Tensor, gamma: Tensor, width: int, by_row: bool, running: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """BBQ's fake quantization (§3): γ/2^(b−1)·(round(2ᵇ·Φ(v/rms) − ½) − z), and the 1/rms that was used.
+def bellbox(
+    x: Tensor, gamma: Tensor, width: int, by_row: bool, running: Tensor | None = None, rotate: Rotate | None = hadamard
+) -> tuple[Tensor, Tensor]:
+    """BBQ's fake quantization (§3): γ/2^(b−1)·(round(2ᵇ·Φ(v/rms) − ½) − z) with v = x·H, and the 1/rms that was used.
 
-    v: rotated input (..., n), any float dtype; computed in float32. gamma: (), or (rows, 1) with `by_row`. width: b.
+    x: (..., n), any float dtype; computed in float32. gamma: (), or (rows, 1) with `by_row`. width: b.
     by_row: one rms per row, else one of the whole tensor. running: use this 1/rms instead, as a constant.
-    The gradient passes the rounding straight and goes through Φ and rms; γ's is not scaled.
-    Returns the output in v's dtype, and float32 (..., 1) or ().
+    rotate: what multiplies by H; None if x is to stay in its own domain (an ablation).
+    The gradient passes the rounding straight and goes through Φ, rms and H; γ's is not scaled.
+    Returns the output, rotated, in x's dtype, and float32 (..., 1) or ().
     """
-    y, inverse = _Bellbox.apply(v, gamma, width, by_row, running)  # type: ignore[no-untyped-call]
+    y, inverse = _Bellbox.apply(x, gamma, width, by_row, running, rotate)  # type: ignore[no-untyped-call]
     return y, inverse
