@@ -106,11 +106,10 @@ def test_what_cannot_be_is_said(settings, tmp_path, change, message):
 
 def test_other_settings_do_not_resume(settings, tmp_path):
     pretrain(tmp_path / "out", Settings(**settings | {"tokens": 4 * 8 * 32}))
+    (tmp_path / "out").rename(tmp_path / "moved")
     with pytest.raises(BellbitError, match=r"--resume: lr was 0.01 in .* and is 0.1 now"):
-        pretrain(tmp_path / "out2", Settings(**settings), resume=False)
-        (tmp_path / "out").rename(tmp_path / "moved")
         pretrain(tmp_path / "out", Settings(**settings | {"tokens": 4 * 8 * 32, "lr": 0.1}), resume=True)
-    with pytest.raises(BellbitError, match="holds an unfinished run: --resume goes on"):
+    with pytest.raises(BellbitError, match="holds a run already: --resume goes on"):
         pretrain(tmp_path / "out", Settings(**settings))
 
 

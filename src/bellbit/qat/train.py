@@ -171,7 +171,7 @@ def _keep_settings(state: Path, settings: Settings, resume: bool) -> None:
                 )
         return
     if state.exists() and not resume and any(state.glob("checkpoint-*")):
-        raise BellbitError(f"{state} holds an unfinished run: --resume goes on with it; remove it to start again")
+        raise BellbitError(f"{state} holds a run already: --resume goes on with it; remove it to start again")
     state.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(asdict(settings), indent=2) + "\n")
 
