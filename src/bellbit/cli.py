@@ -201,7 +201,7 @@ def pretrain(
 ) -> None:
     """Train a quantized model from its first step and save it packed."""
     from bellbit import report
-    from bellbit.qat.train import Settings, count, read_recipe
+    from bellbit.qat.settings import Settings, count, read_recipe
     from bellbit.qat.train import pretrain as run
 
     given = {

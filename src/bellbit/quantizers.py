@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,6 +25,9 @@ class Method:
     widths: the bits it is defined at. rotates: whether it sees x·H and returns that domain's values.
     shapes: (width, channels) to the learned parameters, fixed: to tensors that are set once and kept.
     start: (x, width, channels) to the values of both at the first forward. apply: (quantizer, x) to the output.
+    codes: (quantizer, weight), rotated if it rotates, to codes 0 … 2ᵇ − 1; None if they are not known.
+    spacing: likewise to the distance of two levels, (rows, 1) or (); None if the levels are on no grid.
+    zero: (width) to what is subtracted from a code before the spacing multiplies it.
     """
 
     widths: tuple[int, ...]
@@ -33,6 +36,9 @@ class Method:
     shapes: Callable[[int, int | None], Shapes] = lambda width, channels: {}
     fixed: Callable[[int, int | None], Shapes] = lambda width, channels: {}
     start: Callable[[Tensor, int, int | None], dict[str, Tensor]] = lambda x, width, channels: {}
+    codes: Callable[[Any, Tensor], Tensor] | None = None
+    spacing: Callable[[Any, Tensor], Tensor] | None = None
+    zero: Callable[[int], float] = lambda width: 2 ** (width - 1) - 0.5
 
 
 def _per_row(channels: int | None) -> tuple[int, ...]:
@@ -97,29 +103,45 @@ def _n2uq_start(x: Tensor, width: int, channels: int | None) -> dict[str, Tensor
     }
 
 
-_BBQ = Method((1, 2, 3, 4), _bbq, True, lambda width, channels: {"gamma": _per_row(channels)}, start=_bbq_start)
+def _quest_step(quantizer: Any, v: Tensor) -> Tensor:
+    return baselines.quest_step(v.square().mean(dim=-1, keepdim=True).sqrt(), quantizer.width)
+
+
+_BBQ = Method(
+    (1, 2, 3, 4),
+    _bbq,
+    rotates=True,
+    shapes=lambda width, channels: {"gamma": _per_row(channels)},
+    start=_bbq_start,
+    codes=lambda q, v: bellbox.normal_codes(v * bellbox.inverse_rms(v, by_row=True), q.width),
+    spacing=lambda q, v: q.gamma / 2 ** (q.width - 1),
+    zero=bellbox.zero_point,
+)
 METHODS: dict[str, Method] = {
     "bbq": _BBQ,
-    "bbq-fast": Method(
-        _BBQ.widths,
-        _bbq_fast,
-        True,
-        _BBQ.shapes,
-        lambda width, channels: {} if channels else {"inverse_rms": ()},
-        _bbq_start,
+    "bbq-fast": replace(_BBQ, apply=_bbq_fast, fixed=lambda width, channels: {} if channels else {"inverse_rms": ()}),
+    "quest": Method(
+        (1, 2, 3, 4),
+        lambda q, x: baselines.quest(rotate(x), q.width),
+        rotates=True,
+        codes=lambda q, v: baselines.quest_codes(v, _quest_step(q, v), q.width),
+        spacing=_quest_step,
     ),
-    "quest": Method((1, 2, 3, 4), lambda q, x: baselines.quest(rotate(x), q.width), rotates=True),
     "lsq": Method(
         (2, 3, 4),
         lambda q, x: baselines.lsq(x, q.step, q.width),
         shapes=lambda width, channels: {"step": ()},
         start=_lsq_start,
+        codes=lambda q, x: baselines.lsq_codes(x, q.step, q.width),
+        spacing=lambda q, x: q.step,
     ),
     "seq": Method(
         (1, 2, 3, 4),
         lambda q, x: baselines.seq(x, q.edge, q.width),
         shapes=lambda width, channels: {"edge": _per_row(channels)},
         start=_seq_start,
+        codes=lambda q, x: baselines.seq_codes(x, q.edge, q.width),
+        spacing=lambda q, x: q.edge / 2 ** (q.width - 1) * (2 if q.width == 1 else 1),
     ),
     "n2uq": Method(
         (1, 2, 3, 4),
@@ -127,8 +149,10 @@ METHODS: dict[str, Method] = {
         shapes=_n2uq_shapes,
         fixed=lambda width, channels: {} if channels else {"interval": (), "zero": ()},
         start=_n2uq_start,
+        codes=lambda q, x: baselines.n2uq_codes(x, baselines.n2uq_factor(x, q.width), q.width),
+        spacing=lambda q, x: baselines.n2uq_factor(x, q.width) / ((2**q.width - 1) / 2),
     ),
-    "nf": Method((2, 3, 4), lambda q, x: baselines.nf(x, q.width)),
+    "nf": Method((2, 3, 4), lambda q, x: baselines.nf(x, q.width), codes=lambda q, x: baselines.nf_codes(x, q.width)),
 }
 
 
@@ -142,6 +166,7 @@ class Quantizer(nn.Module):
     def __init__(self, method: str, width: int, channels: int | None) -> None:
         super().__init__()
         self.method, self.width, self.channels = method, width, channels
+        self.spec = f"{method}:{width}"
         self.rules = METHODS[method]
         for name, shape in self.rules.shapes(width, channels).items():
             self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
@@ -181,7 +206,7 @@ class Quantizer(nn.Module):
 
     def extra_repr(self) -> str:
         rows = "" if self.channels is None else f", channels={self.channels}"
-        return f"{self.method}:{self.width}{rows}"
+        return f"{self.spec}{rows}"
 
 
 def rotates(module: nn.Module) -> bool:
@@ -189,14 +214,13 @@ def rotates(module: nn.Module) -> bool:
     return isinstance(module, Quantizer) and module.rules.rotates
 
 
-def quantizer(spec: str, channels: int | None = None) -> nn.Module:
-    """The quantizer METHOD:BITS, as `bbq:2`; `none` leaves its input as it is.
+def parse(spec: str) -> tuple[str, int] | None:
+    """Method and bits of METHOD:BITS, as `bbq:2`; None for `none`.
 
-    channels: rows of the weight that it is for; None for activations.
     Raises BellbitError if there is no such method, or none at that width.
     """
     if spec == "none":
-        return nn.Identity()
+        return None
     name, _, bits = spec.partition(":")
     method = METHODS.get(name)
     if method is None:
@@ -205,4 +229,14 @@ def quantizer(spec: str, channels: int | None = None) -> nn.Module:
         raise BellbitError(
             f"{name} is not defined at {bits or 'no'} bits; give {name}:{method.widths[0]} … {name}:{method.widths[-1]}"
         )
-    return Quantizer(name, int(bits), channels)
+    return name, int(bits)
+
+
+def quantizer(spec: str, channels: int | None = None) -> nn.Module:
+    """The quantizer METHOD:BITS, as `bbq:2`; `none` leaves its input as it is.
+
+    channels: rows of the weight that it is for; None for activations.
+    Raises BellbitError if there is no such method, or none at that width.
+    """
+    found = parse(spec)
+    return nn.Identity() if found is None else Quantizer(*found, channels)

@@ -15,9 +15,11 @@ from transformers import AutoModelForCausalLM
 from transformers.models.llama import LlamaConfig
 
 from bellbit.errors import BellbitError
+from bellbit.packed.linear import packed_linears
 from bellbit.qat import prepare
 from bellbit.qat.presets import PRESETS, preset
-from bellbit.qat.train import Settings, count, one_cycle, parameter_groups, pretrain, read_recipe
+from bellbit.qat.settings import Settings, count, read_recipe
+from bellbit.qat.train import one_cycle, parameter_groups, pretrain
 from conftest import LLAMA_LIKE
 
 pytest.importorskip("datasets")
@@ -83,12 +85,21 @@ def test_a_run_learns_and_its_checkpoint_is_packed(settings, tmp_path):
     assert model.config.quantization_config.input_rule == "bbq:2"
 
 
+@pytest.mark.parametrize(("weights", "bits"), [("none", 16), ("bbq:1", 1)])
+def test_activations_may_stay_as_they_are(settings, tmp_path, weights, bits):
+    short = {"tokens": 2 * 8 * 32, "weights": weights, "activations": "none"}
+    result = pretrain(tmp_path / "out", Settings(**settings | short))
+    assert bits <= result.bits_per_weight < bits + 0.6
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert len(packed_linears(model)) == (0 if weights == "none" else 14)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"weights": "lsq:1"}, "lsq is not defined at 1 bits"),
         ({"weights": "nf:3"}, "cannot be saved packed"),
-        ({"activations": "none"}, "cannot be saved packed"),
+        ({"weights": "none"}, "weights none with activations bbq:2 cannot be saved packed"),
         ({"preset": "llama-1t", "model": None}, "unknown preset 'llama-1t'; there are llama-tiny"),
         ({"preset": "llama-tiny"}, "give either --preset or --model"),
         ({"lr": -1}, "--lr -1 is not possible"),
@@ -130,9 +141,11 @@ def test_recipes_and_counts(tmp_path):
         count("many")
 
 
-RUN = (
-    "import json, sys; from bellbit.qat.train import *; pretrain(sys.argv[1], Settings(**json.loads(sys.argv[2])), {})"
-)
+RUN = """
+import json, sys
+from bellbit.qat.train import Settings, pretrain
+pretrain(sys.argv[1], Settings(**json.loads(sys.argv[2])), {})
+"""
 
 
 def start(out, settings, launcher=(), resume=True):

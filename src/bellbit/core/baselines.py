@@ -71,10 +71,19 @@ def lsq(x: Tensor, step: Tensor, width: int) -> Tensor:
 
     step: (). Its gradient × 1/√(numel·(2^(b−1) − 1)). Not defined at 1 bit.
     """
-    largest = 2 ** (width - 1) - 1
-    step = scaled_gradient(step, (x.numel() * largest) ** -0.5)
-    inside = (x / step - 0.5).clamp(-largest - 1, largest)
+    step = scaled_gradient(step, (x.numel() * (2 ** (width - 1) - 1)) ** -0.5)
+    inside = _lsq_inside(x, step, width)
     return (straight(inside.round(), inside) + 0.5) * step + step * 1e-9  # the reference carries this last term
+
+
+def _lsq_inside(x: Tensor, step: Tensor, width: int) -> Tensor:
+    half = 2 ** (width - 1)
+    return (x / step - 0.5).clamp(-half, half - 1)
+
+
+def lsq_codes(x: Tensor, step: Tensor, width: int) -> Tensor:
+    """0 … 2ᵇ − 1, in x's dtype."""
+    return _lsq_inside(x, step, width).round() + 2 ** (width - 1)
 
 
 def seq(x: Tensor, edge: Tensor, width: int) -> Tensor:
@@ -88,10 +97,22 @@ def seq(x: Tensor, edge: Tensor, width: int) -> Tensor:
     if width == 1:
         level = slope = ratio.sign()
     else:
-        level = ((ratio.clamp(-SEQ_EDGE, SEQ_EDGE) * half - 0.5).round() + 0.5) / half
+        level = (_seq_round(ratio, half) + 0.5) / half
         slope = torch.where(ratio.abs() <= SEQ_EDGE, level - ratio, ratio.sign() * (half - 0.5) / half)
     learned = scaled_gradient(edge, (x.numel() * max(half - 1, 1)) ** -0.5)
     return straight(edge * level, x * (ratio.abs() <= SEQ_EDGE), learned * slope)
+
+
+def _seq_round(ratio: Tensor, half: int) -> Tensor:
+    return (ratio.clamp(-SEQ_EDGE, SEQ_EDGE) * half - 0.5).round()
+
+
+def seq_codes(x: Tensor, edge: Tensor, width: int) -> Tensor:
+    """0 … 2ᵇ − 1, in x's dtype; at 1 bit an exact zero, which the formula keeps, counts as +."""
+    if width == 1:
+        return (x / edge >= 0).to(x.dtype)
+    half = 2 ** (width - 1)
+    return _seq_round(x / edge, half) + half
 
 
 def n2uq_weight(x: Tensor, width: int) -> Tensor:
@@ -149,7 +170,14 @@ def nf_levels(width: int) -> Tensor:
 
 def nf(x: Tensor, width: int) -> Tensor:
     """The nearest of `nf_levels` times max|x| of the last dimension; the gradient is the identity. At least 2 bits."""
-    largest = x.detach().abs().amax(dim=-1, keepdim=True).clamp_min(NF_SMALLEST_MAXIMUM)
+    return straight(nf_levels(width).to(x)[nf_codes(x, width)] * _nf_maximum(x), x)
+
+
+def _nf_maximum(x: Tensor) -> Tensor:
+    return x.detach().abs().amax(dim=-1, keepdim=True).clamp_min(NF_SMALLEST_MAXIMUM)
+
+
+def nf_codes(x: Tensor, width: int) -> Tensor:
+    """0 … 2ᵇ − 1, int64."""
     levels = nf_levels(width).to(x)
-    codes = torch.bucketize(x.detach() / largest, (levels[1:] + levels[:-1]) / 2)
-    return straight(levels[codes] * largest, x)
+    return torch.bucketize(x.detach() / _nf_maximum(x), (levels[1:] + levels[:-1]) / 2)

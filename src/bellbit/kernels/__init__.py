@@ -21,16 +21,13 @@ def linear(
     bias: Tensor | None,
     act_bits: int = 16,
     scope: Scope = "token",
-    in_domain: bool = False,
 ) -> Tensor:
     """x̂·Ŵᵀ + bias, x̂ = x rounded to `act_bits`. x: (..., in), float. Returns (..., out) in x's dtype.
-
-    in_domain: x is rotated already, if the weight wants it so.
 
     Where a gradient is wanted (call models under `torch.no_grad()` if not), the reference serves: it has one.
     """
     fits = _native_takes(x) and native.supports(weight)
-    return (native if fits else reference).linear(x, weight, bias, act_bits, scope, in_domain)
+    return (native if fits else reference).linear(x, weight, bias, act_bits, scope)
 
 
 def rotate(x: Tensor) -> Tensor:

@@ -60,11 +60,10 @@ def linear(
     bias: Tensor | None,
     act_bits: int = 16,
     scope: Scope = "token",
-    in_domain: bool = False,
 ) -> Tensor:
     """What `reference.linear` computes, for weights that `supports` is true of."""
     arguments = _ARGUMENTS[type(weight)](weight)
-    if isinstance(weight, Bellbox) and weight.rotated and not in_domain:
+    if isinstance(weight, Bellbox) and weight.rotated:
         x = rotate(x)
     return getattr(torch.ops.bellbit, weight.layout)(x, *arguments, bias, act_bits, scope == "tensor")
 

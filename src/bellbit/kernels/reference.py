@@ -17,16 +17,14 @@ def linear(
     bias: Tensor | None,
     act_bits: int = 16,
     scope: Scope = "token",
-    in_domain: bool = False,
 ) -> Tensor:
     """x̂·Ŵᵀ + bias, x̂ = x rounded to `act_bits`; a rotated `bellbox` weight meets x̂ = the rotated x, rounded.
 
-    x: (..., in), float. in_domain: x is rotated already, if the weight wants it so. Returns (..., out) in x's dtype; Ŵ
-    is rounded to it.
+    x: (..., in), float. Returns (..., out) in x's dtype; Ŵ is rounded to it.
     """
     if isinstance(weight, Bellbox):
         dense = weight.levels()
-        if weight.rotated and not in_domain:
+        if weight.rotated:
             x = hadamard(x)
     else:
         dense = weight.dequantize()

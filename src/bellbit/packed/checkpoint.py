@@ -22,7 +22,7 @@ from bellbit.core.activations import ACTIVATION_BITS, Scope
 from bellbit.errors import BellbitError
 from bellbit.packed.layouts import LAYOUTS
 from bellbit.packed.tensor import PackedTensor
-from bellbit.quantizers import quantizer
+from bellbit.quantizers import parse
 
 FORMAT_VERSION = 2
 MAX_SHARD_SIZE = "4GB"
@@ -181,7 +181,7 @@ def check_config(quantization: Mapping[str, Any]) -> None:
         if quantization.get(name) not in allowed:
             raise BellbitError(f"config.json has {name} {quantization.get(name)!r}; allowed: {allowed}")
     try:
-        quantizer(quantization.get("input_rule", "none"))
+        parse(quantization.get("input_rule", "none"))
     except (BellbitError, AttributeError) as error:
         raise BellbitError(f"config.json has input_rule {quantization['input_rule']!r}: {error}") from None
     if strange := set(quantization.get("rounded_outputs", ())) - set(modules):

@@ -16,6 +16,7 @@ from bellbit.errors import BellbitError
 from bellbit.packed.checkpoint import FORMAT_VERSION, check_config, module_layout, verify
 from bellbit.packed.half import keep_half, settle_half
 from bellbit.packed.linear import PackedLinear
+from bellbit.quantizers import Quantizer, quantizer
 
 QUANT_METHOD = "bellbit"
 
@@ -85,7 +86,7 @@ class BellbitQuantizer(HfQuantizer):  # type: ignore[misc]
                 act_bits=config.act_bits,
                 act_scope=config.act_scope,
                 round_output=name in config.rounded_outputs,
-                input_rule=config.input_rule,
+                input_quantizer=_input_quantizer(config.input_rule),
                 device=torch.device("meta"),
             )
             model.set_submodule(name, packed_layer)
@@ -103,3 +104,10 @@ class BellbitQuantizer(HfQuantizer):  # type: ignore[misc]
     @property
     def is_trainable(self) -> bool:
         return False
+
+
+def _input_quantizer(rule: str) -> Quantizer | None:
+    """An empty one, to be filled from the file."""
+    with torch.device("meta"):
+        found = quantizer(rule)
+    return found.settled() if isinstance(found, Quantizer) else None

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,8 +13,9 @@ from typing_extensions import Self
 from bellbit import kernels
 from bellbit.core.activations import Scope, quantize_activations
 from bellbit.packed.layouts import LAYOUTS
+from bellbit.packed.planes import Bellbox
 from bellbit.packed.tensor import PackedTensor
-from bellbit.quantizers import quantizer, rotates
+from bellbit.quantizers import Quantizer
 
 
 class PackedLinear(nn.Module):
@@ -36,12 +37,12 @@ class PackedLinear(nn.Module):
         act_bits: int = 16,
         act_scope: Scope = "token",
         round_output: bool = False,
-        input_rule: str = "none",
+        input_quantizer: Quantizer | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         """An uninitialized layer. shape: (out, in). round_output: round y as well as x.
 
-        input_rule: METHOD:BITS of the quantizer that x goes through first, as it was trained; none for none.
+        input_quantizer: what x goes through first, as it was trained and settled.
         """
         super().__init__()
         self.out_features, self.in_features = shape
@@ -50,12 +51,7 @@ class PackedLinear(nn.Module):
         self._stored = tuple(LAYOUTS[layout].spec(shape, options))
         for name, spec in LAYOUTS[layout].spec(shape, options).items():
             self.register_buffer(name, torch.empty(spec.shape, dtype=spec.dtype, device=device))
-        self.input_rule = input_rule
-        self.input_quantizer: Any = None
-        if input_rule != "none":
-            with torch.device(device or "cpu"):
-                rule: Any = quantizer(input_rule)
-            self.input_quantizer = rule.settled()
+        self.input_quantizer = input_quantizer
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
 
     @classmethod
@@ -72,18 +68,21 @@ class PackedLinear(nn.Module):
         shape = (self.out_features, self.in_features)
         return LAYOUTS[self.layout].build(shape, self.options, {name: getattr(self, name) for name in self._stored})
 
-    def take_input_quantizer(self, trained: Any) -> None:
-        """Let the input go through a copy of a trained quantizer."""
-        self.input_quantizer = copy.deepcopy(trained).settled()
+    @property
+    def input_rule(self) -> str:
+        """METHOD:BITS of the quantizer that x goes through first; none for none."""
+        return "none" if self.input_quantizer is None else self.input_quantizer.spec
 
     def forward(self, x: Tensor) -> Tensor:
-        packed, in_domain = self.packed, False
+        packed = self.packed
         if self.input_quantizer is not None:
             x = self.input_quantizer(x)
-            in_domain = rotates(self.input_quantizer)
-            if in_domain and not getattr(packed, "rotated", False):
-                x = kernels.rotate(x)  # back: H is its own inverse
-        y = kernels.linear(x, packed, self.bias, self.act_bits, self.act_scope, in_domain)
+            if self.input_quantizer.rules.rotates:
+                if isinstance(packed, Bellbox) and packed.rotated:
+                    packed = replace(packed, rotated=0)  # it meets an input that is in its domain already
+                else:
+                    x = kernels.rotate(x)  # back: H is its own inverse
+        y = kernels.linear(x, packed, self.bias, self.act_bits, self.act_scope)
         return quantize_activations(y, self.act_bits, self.act_scope) if self.round_output else y
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

@@ -172,11 +172,6 @@ class Bellbox(PackedTensor):
             scales=scales.float(),
         )
 
-    def level_counts(self) -> Tensor:
-        """How often each code 0 … 2^width − 1 occurs: int64 (2^width,)."""
-        codes = unpack_codes(self.codes, self.shape[1])
-        return torch.bincount(codes.flatten().long(), minlength=2**self.width)
-
     def levels(self) -> Tensor:
         """The weights in their own domain: float32 (out, in)."""
         return self.scales[:, None] * (unpack_codes(self.codes, self.shape[1]) - self.zero)

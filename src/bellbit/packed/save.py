@@ -106,11 +106,11 @@ def stored_tensors(model: Any) -> dict[str, Tensor]:
 
 
 def save_checkpoint(
-    model: Any, tokenizer: Any, config: BellbitConfig, target: Path, overwrite: bool, probe: Tensor
+    model: Any, tokenizer: Any, config: BellbitConfig | None, target: Path, overwrite: bool, probe: Tensor
 ) -> None:
     """Write everything beside `target`, load it again, compare logits, and only then rename it into place.
 
-    probe: token ids (n,) to compare logits on.
+    config: None for a model that is not quantized. probe: token ids (n,) to compare logits on.
     Raises BellbitError if the disk is full or the reloaded model does not give the same logits.
     """
     folder = None
@@ -119,7 +119,8 @@ def save_checkpoint(
         folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
         folder.chmod(0o755)
         write_shards(stored_tensors(model), folder)
-        model.config.quantization_config = config
+        if config is not None:
+            model.config.quantization_config = config
         model.config.dtype = model.dtype
         model.config.architectures = [type(model).__name__]
         model.config.save_pretrained(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from fnmatch import fnmatch
 from typing import Any
@@ -9,12 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bellbit.core import baselines, bellbox
 from bellbit.errors import BellbitError
 from bellbit.kernels import rotate
 from bellbit.packed.linear import PackedLinear
 from bellbit.packed.planes import Bellbox
-from bellbit.quantizers import Quantizer, quantizer, rotates
+from bellbit.quantizers import Quantizer, parse, quantizer, rotates
 
 
 class QuantLinear(nn.Linear):
@@ -45,7 +45,8 @@ def prepare(
     Raises BellbitError for an unknown quantizer, or if no linear layer is left.
     """
     patterns = tuple(skip)
-    quantizer(weights, 1), quantizer(activations)  # a mistake in either is told before anything changes
+    for spec in (weights, activations):
+        parse(spec)  # a mistake in either is told before anything changes
     chosen = [
         module
         for name, module in model.named_modules()
@@ -73,66 +74,41 @@ def convert(model: nn.Module) -> nn.Module:
     packed = {name: pack(layer, name) for name, layer in layers.items()}
     for name, layer in layers.items():
         inputs = layer.input_quantizer
-        rule = f"{inputs.method}:{inputs.width}" if isinstance(inputs, Quantizer) else "none"
-        replacement = PackedLinear.holding(packed[name], bias=layer.bias, input_rule=rule)
-        if isinstance(inputs, Quantizer):
-            replacement.take_input_quantizer(inputs)
-        model.set_submodule(name, replacement)
+        settled = inputs.settled() if isinstance(inputs, Quantizer) else None
+        model.set_submodule(name, PackedLinear.holding(packed[name], bias=layer.bias, input_quantizer=settled))
     return model
 
 
 def pack(layer: QuantLinear, name: str = "the layer") -> Bellbox:
-    """The codes that a layer's weight has now."""
+    """The codes that a layer's weight has now.
+
+    Raises BellbitError, see `convert`; `name` is how it calls the layer.
+    """
     rule: Any = layer.weight_quantizer
-    grid = _GRIDS.get(getattr(rule, "method", "none"))
-    if grid is None:
-        what = "not quantized" if isinstance(rule, nn.Identity) else f"quantized by {rule.method}, which has no grid"
-        raise BellbitError(f"{name} cannot be packed: its weight is {what}")
+    if isinstance(rule, nn.Identity):
+        raise BellbitError(f"{name} cannot be packed: its weight is not quantized")
+    if rule.rules.spacing is None:
+        raise BellbitError(f"{name} cannot be packed: its weight is quantized by {rule.method}, which has no grid")
     if not bool(rule.ready):
         raise BellbitError(f"{name} cannot be packed: its quantizer has seen no batch yet")
+    weight = _in_domain(layer)
+    codes, spacing = rule.rules.codes(rule, weight).to(torch.uint8), rule.rules.spacing(rule, weight)
+    half = rule.rules.zero(rule.width) % 1 != 0
+    return Bellbox.pack(codes, spacing.expand(len(weight), 1).squeeze(1).contiguous(), rule.width, half, rotates(rule))
+
+
+@torch.no_grad()
+def code_entropy(layer: QuantLinear) -> float:
+    """Entropy of the codes that a layer's weight has now, in bits; nan if it has none."""
+    rule: Any = layer.weight_quantizer
+    if isinstance(rule, nn.Identity) or rule.rules.codes is None:
+        return math.nan
+    counts = rule.rules.codes(rule, _in_domain(layer)).flatten().long().bincount().double()
+    shares = counts[counts > 0] / counts.sum()
+    return float(-(shares * shares.log2()).sum())
+
+
+def _in_domain(layer: QuantLinear) -> Tensor:
+    """A layer's weight in the domain that its quantizer works in, float32."""
     weight = layer.weight.detach().float()
-    codes, scale = grid(rule, rotate(weight) if rotates(rule) else weight)
-    half = rule.method not in ("bbq", "bbq-fast") or rule.width <= 2
-    scales = scale.expand(len(weight), 1).squeeze(1).contiguous()
-    return Bellbox.pack(codes.to(torch.uint8), scales, rule.width, half, rotates(rule))
-
-
-# Codes 0 … 2ᵇ − 1 and the distance of two levels, (rows, 1) or (), of a weight by each method.
-
-
-def _bbq_grid(rule: Any, v: Tensor) -> tuple[Tensor, Tensor]:
-    codes = bellbox.normal_codes(v * bellbox.inverse_rms(v, by_row=True), rule.width)
-    return codes, rule.gamma / 2 ** (rule.width - 1)
-
-
-def _quest_grid(rule: Any, v: Tensor) -> tuple[Tensor, Tensor]:
-    step = baselines.quest_step(v.square().mean(dim=-1, keepdim=True).sqrt(), rule.width)
-    return baselines.quest_codes(v, step, rule.width), step
-
-
-def _lsq_grid(rule: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    half = 2 ** (rule.width - 1)
-    return (x / rule.step - 0.5).clamp(-half, half - 1).round() + half, rule.step
-
-
-def _seq_grid(rule: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    half = 2 ** (rule.width - 1)
-    if rule.width == 1:
-        return (x / rule.edge >= 0).float(), 2 * rule.edge
-    edge = baselines.SEQ_EDGE
-    return ((x / rule.edge).clamp(-edge, edge) * half - 0.5).round() + half, rule.edge / half
-
-
-def _n2uq_grid(rule: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    factor = baselines.n2uq_factor(x, rule.width)
-    return baselines.n2uq_codes(x, factor, rule.width), factor / ((2**rule.width - 1) / 2)
-
-
-_GRIDS = {
-    "bbq": _bbq_grid,
-    "bbq-fast": _bbq_grid,
-    "quest": _quest_grid,
-    "lsq": _lsq_grid,
-    "seq": _seq_grid,
-    "n2uq": _n2uq_grid,
-}
+    return rotate(weight) if rotates(layer.weight_quantizer) else weight

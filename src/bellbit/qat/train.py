@@ -6,59 +6,48 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from torch import Tensor, nn
 
 from bellbit.data import load_corpus
 from bellbit.errors import BellbitError
-from bellbit.loading import first_line, load_config, locate, quiet
+from bellbit.loading import load_config, locate, quiet
 from bellbit.packed.linear import packed_linears
 from bellbit.packed.save import check_output, quantization_config, round_unquantized, save_checkpoint
-from bellbit.qat.layers import QuantLinear, convert, pack, prepare
+from bellbit.qat.layers import QuantLinear, code_entropy, convert, prepare
 from bellbit.qat.presets import preset as find_preset
+from bellbit.qat.settings import Settings, keep, processes, resolve
 from bellbit.qat.text import make_tokenizer, packed_sequences
 
 WARM_UP, START, END = 0.1, 0.01, 0.1  # share of steps; learning rate at the first and the last step, of the largest
-MAY_CHANGE = ("log_every", "save_every", "report_to")  # between a run and its resumption
 
 
 @dataclass(frozen=True)
-class Settings:
-    """A run; what is None comes from the preset.
+class Trained:
+    """A model at its last step. loss: of the last step logged. entropy: mean bits of the weights' codes."""
 
-    preset, model: the architecture, by name or as a transformers config.json. tokens: seen in all. batch: sequences a
-    step, over all processes; micro_batch: of them at a time in one process. report_to: trackers of transformers.
-    """
+    model: Any
+    tokenizer: Any
+    probe: Tensor
+    settings: Settings
+    steps: int
+    loss: float
+    entropy: float
+    seconds: float
 
-    preset: str | None = "llama-tiny"
-    model: str | None = None
-    weights: str = "bbq:2"
-    activations: str = "bbq:2"
-    data: str = "wiki-sample"
-    tokenizer: str | None = None
-    tokens: int | None = None
-    seq_len: int | None = None
-    batch: int | None = None
-    micro_batch: int = 16
-    lr: float | None = None
-    weight_decay: float = 0.1
-    clip: float = 1.0
-    seed: int = 0
-    bf16: bool = False
-    compile: bool = False
-    log_every: int = 10
-    save_every: int = 200
-    report_to: str = "none"
+    @property
+    def tokens(self) -> int:
+        """Seen in all."""
+        return self.steps * self.settings.sequences * self.settings.length
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a run came to. loss: of the last step logged. entropy: mean bits of the weights' codes."""
+    """What `pretrain` came to; fields as of `Trained`. bits_per_weight: stored, mean of the quantized linears."""
 
     out: Path
     steps: int
@@ -86,94 +75,66 @@ def pretrain(
     Raises BellbitError for settings that are not possible or differ from those of the run to resume, too little text,
     or a loss that is no number.
     """
+    _check_storable(settings)
+    target = check_output(out, overwrite, "")
+    trained = train(target.with_name(target.name + ".training"), settings, resume=resume, report=report)
+    bits = 16.0
+    if processes().is_main_process:
+        model = trained.model
+        round_unquantized(model, {name for name, module in model.named_modules() if isinstance(module, QuantLinear)})
+        config = None
+        if settings.weights != "none":
+            layers = packed_linears(convert(model)).values()
+            bits = sum(layer.packed.bits_per_weight for layer in layers) / len(layers)
+            provenance = {"pretraining": asdict(trained.settings)}
+            config = quantization_config(model, settings.weights, "token", 16, provenance)
+        save_checkpoint(model, trained.tokenizer, config, target, overwrite, trained.probe)
+    return Result(target, trained.steps, trained.tokens, trained.loss, trained.seconds, bits, trained.entropy)
+
+
+def _check_storable(settings: Settings) -> None:
+    unquantized = settings.weights == "none" and settings.activations != "none"
+    if unquantized or settings.weights.startswith("nf:"):
+        raise BellbitError(
+            f"weights {settings.weights} with activations {settings.activations} cannot be saved packed; "
+            "bellbit.qat.prepare trains them in Python"
+        )
+
+
+def train(
+    state: Path, settings: Settings, *, resume: bool = False, report: Callable[[float], None] = lambda share: None
+) -> Trained:
+    """The training alone, its state in the folder `state`; arguments and errors as of `pretrain`."""
     quiet()
     import transformers
 
-    settings = _resolve(settings)
-    target = check_output(out, overwrite, "")
-    state = target.with_name(target.name + ".training")
-    assert settings.seq_len and settings.batch and settings.tokens
-    steps = max(1, settings.tokens // (settings.batch * settings.seq_len))
-    with _processes().main_process_first():  # the others read what it has written
-        _keep_settings(state, settings, resume or not _processes().is_main_process)
+    settings = resolve(settings)
+    steps = max(1, (settings.tokens or 0) // (settings.sequences * settings.length))
+    with processes().main_process_first():  # the others read what it has written
+        keep(state, settings, resume or not processes().is_main_process)
         corpus = load_corpus(settings.data, "train")
         tokenizer = _tokenizer(state, settings, corpus)
-        data = packed_sequences(corpus, tokenizer, settings.seq_len, settings.batch, state / "text")
+        data = packed_sequences(corpus, tokenizer, settings.length, settings.sequences, state / "text")
     transformers.set_seed(settings.seed)
     model = _model(settings, tokenizer)
-    prepare(model, settings.weights, settings.activations)
+    if (settings.weights, settings.activations) != ("none", "none"):
+        prepare(model, settings.weights, settings.activations)
     trainer = _trainer(model, data, settings, state, steps, report)
     start = time.perf_counter()
     last = _last_checkpoint(state) if resume else None
     trainer.train(resume_from_checkpoint=str(last) if last else None)
     seconds = time.perf_counter() - start
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    measured = _measures(model)
-    if trainer.is_world_process_zero():
-        model = trainer.accelerator.unwrap_model(trainer.model).cpu().float().eval()
-        round_unquantized(model, {name for name, module in model.named_modules() if isinstance(module, QuantLinear)})
-        convert(model)
-        config = quantization_config(model, settings.weights, "token", 16, {"pretraining": asdict(settings)})
-        save_checkpoint(model, tokenizer, config, target, overwrite, data[0]["input_ids"].long())
-    bits = [layer.packed.bits_per_weight for layer in packed_linears(model).values()]
-    return Result(
-        target,
+    return Trained(
+        trainer.accelerator.unwrap_model(trainer.model).cpu().float().eval(),
+        tokenizer,
+        data[0]["input_ids"].long(),
+        settings,
         steps,
-        steps * settings.batch * settings.seq_len,
         losses[-1] if losses else math.nan,
+        _measures(model).get("code_entropy", math.nan),
         seconds,
-        sum(bits) / max(len(bits), 1),
-        measured.get("code_entropy", math.nan),
     )
-
-
-def _resolve(settings: Settings) -> Settings:
-    """Fill in from the preset, and check what can be checked before anything is read."""
-    if (settings.preset is None) == (settings.model is None):
-        raise BellbitError("give either --preset or --model")
-    for spec in (settings.weights, settings.activations):
-        if spec.partition(":")[0] == "nf" or (spec == "none") != (settings.weights == "none"):
-            raise BellbitError(
-                f"weights {settings.weights} with activations {settings.activations} cannot be saved packed; "
-                "bellbit.qat.prepare trains them in Python"
-            )
-    found: dict[str, Any] = {"seq_len": 512, "batch": 512, "lr": 1e-3, "tokens": None, "tokenizer": "train:4096"}
-    if settings.preset is not None:
-        chosen = find_preset(settings.preset)
-        found |= {name: getattr(chosen, name) for name in ("seq_len", "batch", "lr", "tokens")}
-        if chosen.rows is not None:
-            found["tokenizer"] = "meta-llama/Llama-2-7b-hf"
-    values = {name: value for name, value in asdict(settings).items() if value is not None}
-    resolved = Settings(**{"preset": None, **found, **values})
-    for name in ("tokens", "seq_len", "batch", "micro_batch", "lr", "log_every", "save_every"):
-        value = getattr(resolved, name)
-        if value is None or value <= 0:
-            raise BellbitError(f"--{name.replace('_', '-')} {value} is not possible; give a positive number")
-    world = _processes().num_processes
-    if resolved.batch % (resolved.micro_batch * world):
-        raise BellbitError(
-            f"--batch {resolved.batch} is no multiple of --micro-batch {resolved.micro_batch} × {world} process(es)"
-        )
-    return resolved
-
-
-def _keep_settings(state: Path, settings: Settings, resume: bool) -> None:
-    """Write the settings beside the training state, or compare them with those of the run to resume."""
-    file = state / "settings.json"
-    if resume and file.exists():
-        before = json.loads(file.read_text())
-        now = asdict(settings)
-        for name in now:
-            if name not in MAY_CHANGE and before.get(name) != now[name]:
-                raise BellbitError(
-                    f"--resume: {name} was {before.get(name)!r} in {state} and is {now[name]!r} now; give the same, or "
-                    "start again without --resume"
-                )
-        return
-    if state.exists() and not resume and any(state.glob("checkpoint-*")):
-        raise BellbitError(f"{state} holds a run already: --resume goes on with it; remove it to start again")
-    state.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(asdict(settings), indent=2) + "\n")
 
 
 def _tokenizer(state: Path, settings: Settings, corpus: Any) -> Any:
@@ -295,14 +256,9 @@ def _trainer(
     return trainer
 
 
-def _processes() -> Any:
-    """accelerate's view of the processes that torchrun has started; gloo joins them where there is no GPU."""
-    return PartialState(cpu=not torch.cuda.is_available())
-
-
 def _accumulation(settings: Settings) -> int:
     """Micro-batches that one process sees per step."""
-    return (settings.batch or 0) // (settings.micro_batch * _processes().num_processes)
+    return (settings.batch or 0) // (settings.micro_batch * processes().num_processes)
 
 
 def _last_checkpoint(state: Path) -> Path | None:
@@ -321,11 +277,8 @@ def _measures(model: nn.Module) -> dict[str, float]:
     """Entropy of the weights' codes in bits, and mean γ of weights and inputs: what tells whether training is sound."""
     entropies, gammas = [], {"weight": [], "input": []}  # type: ignore[var-annotated]
     for layer in (module for module in model.modules() if isinstance(module, QuantLinear)):
-        if isinstance(layer.weight_quantizer, nn.Identity):
-            continue
-        counts = pack(layer).level_counts().double()
-        shares = counts[counts > 0] / counts.sum()
-        entropies.append(float(-(shares * shares.log2()).sum()))
+        if not math.isnan(entropy := code_entropy(layer)):
+            entropies.append(entropy)
         for side in gammas:
             gamma = getattr(getattr(layer, f"{side}_quantizer"), "gamma", None)
             if gamma is not None:
@@ -342,27 +295,3 @@ def _culprit(network: nn.Module) -> str:
             if values is not None and not bool(values.isfinite().all()):
                 return what + name
     return "the loss itself"
-
-
-def count(text: str) -> int:
-    """A number of tokens, as 2000000, 2M or 3B. Raises BellbitError for anything else."""
-    factor = {"K": 10**3, "M": 10**6, "B": 10**9}.get(text[-1:].upper(), 1)
-    try:
-        return round(float(text if factor == 1 else text[:-1]) * factor)
-    except ValueError:
-        raise BellbitError(f"--tokens {text!r} is no number; give 2000000, 2M or 3B") from None
-
-
-def read_recipe(path: Path) -> dict[str, Any]:
-    """Fields of `Settings` from a YAML file. Raises BellbitError for a field that there is not."""
-    import yaml
-
-    try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, yaml.YAMLError) as error:
-        raise BellbitError(f"cannot read the recipe {path}: {first_line(error)}") from None
-    known = [field.name for field in fields(Settings)]
-    if not isinstance(found, dict) or (strange := sorted(set(found) - set(known))):
-        what = f"there is no {strange[0]!r}" if isinstance(found, dict) else "it is no table of fields"
-        raise BellbitError(f"the recipe {path} does not fit: {what}; fields are {', '.join(known)}")
-    return found

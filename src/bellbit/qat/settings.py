@@ -1,0 +1,133 @@
+"""What a training run is told: its settings, where they come from, and what of them cannot be."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+
+from bellbit.errors import BellbitError
+from bellbit.loading import first_line
+from bellbit.qat.presets import preset as find_preset
+from bellbit.quantizers import parse
+
+MAY_CHANGE = ("log_every", "save_every", "report_to")  # between a run and its resumption
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A run; what is None comes from the preset.
+
+    preset, model: the architecture, by name or as a transformers config.json. tokens: seen in all. batch: sequences a
+    step, over all processes; micro_batch: of them at a time in one process. report_to: trackers of transformers.
+    """
+
+    preset: str | None = "llama-tiny"
+    model: str | None = None
+    weights: str = "bbq:2"
+    activations: str = "bbq:2"
+    data: str = "wiki-sample"
+    tokenizer: str | None = None
+    tokens: int | None = None
+    seq_len: int | None = None
+    batch: int | None = None
+    micro_batch: int = 16
+    lr: float | None = None
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    seed: int = 0
+    bf16: bool = False
+    compile: bool = False
+    log_every: int = 10
+    save_every: int = 200
+    report_to: str = "none"
+
+    @property
+    def sequences(self) -> int:
+        """`batch`, once the settings are resolved."""
+        assert self.batch is not None
+        return self.batch
+
+    @property
+    def length(self) -> int:
+        """`seq_len`, once the settings are resolved."""
+        assert self.seq_len is not None
+        return self.seq_len
+
+
+def resolve(settings: Settings) -> Settings:
+    """Fill in from the preset, and check what can be checked before anything is read."""
+    if (settings.preset is None) == (settings.model is None):
+        raise BellbitError("give either --preset or --model")
+    for spec in (settings.weights, settings.activations):
+        parse(spec)
+    found: dict[str, Any] = {"seq_len": 512, "batch": 512, "lr": 1e-3, "tokens": None, "tokenizer": "train:4096"}
+    if settings.preset is not None:
+        chosen = find_preset(settings.preset)
+        found |= {name: getattr(chosen, name) for name in ("seq_len", "batch", "lr", "tokens")}
+        if chosen.rows is not None:
+            found["tokenizer"] = "meta-llama/Llama-2-7b-hf"
+    values = {name: value for name, value in asdict(settings).items() if value is not None}
+    resolved = Settings(**{"preset": None, **found, **values})
+    for name in ("tokens", "seq_len", "batch", "micro_batch", "lr", "log_every", "save_every"):
+        value = getattr(resolved, name)
+        if value is None or value <= 0:
+            raise BellbitError(f"--{name.replace('_', '-')} {value} is not possible; give a positive number")
+    world = processes().num_processes
+    if resolved.batch % (resolved.micro_batch * world):
+        raise BellbitError(
+            f"--batch {resolved.batch} is no multiple of --micro-batch {resolved.micro_batch} × {world} process(es)"
+        )
+    return resolved
+
+
+def keep(state: Path, settings: Settings, resume: bool) -> None:
+    """Write the settings beside the training state, or compare them with those of the run to resume."""
+    file = state / "settings.json"
+    if resume and file.exists():
+        before = json.loads(file.read_text())
+        now = asdict(settings)
+        for name in now:
+            if name not in MAY_CHANGE and before.get(name) != now[name]:
+                raise BellbitError(
+                    f"--resume: {name} was {before.get(name)!r} in {state} and is {now[name]!r} now; give the same, or "
+                    "start again without --resume"
+                )
+        return
+    if state.exists() and not resume and any(state.glob("checkpoint-*")):
+        raise BellbitError(f"{state} holds a run already: --resume goes on with it; remove it to start again")
+    state.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(asdict(settings), indent=2) + "\n")
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """Fields of `Settings` from a YAML file. Raises BellbitError for a field that there is not."""
+    import yaml
+
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, yaml.YAMLError) as error:
+        raise BellbitError(f"cannot read the recipe {path}: {first_line(error)}") from None
+    known = [field.name for field in fields(Settings)]
+    if not isinstance(found, dict) or (strange := sorted(set(found) - set(known))):
+        what = f"there is no {strange[0]!r}" if isinstance(found, dict) else "it is no table of fields"
+        raise BellbitError(f"the recipe {path} does not fit: {what}; fields are {', '.join(known)}")
+    return found
+
+
+def count(text: str) -> int:
+    """A number of tokens, as 2000000, 2M or 3B. Raises BellbitError for anything else."""
+    factor = {"K": 10**3, "M": 10**6, "B": 10**9}.get(text[-1:].upper(), 1)
+    try:
+        return round(float(text if factor == 1 else text[:-1]) * factor)
+    except ValueError:
+        raise BellbitError(f"--tokens {text!r} is no number; give 2000000, 2M or 3B") from None
+
+
+def processes() -> Any:
+    """accelerate's view of the processes that torchrun has started; gloo joins them where there is no GPU."""
+    return PartialState(cpu=not torch.cuda.is_available())
