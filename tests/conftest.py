@@ -1,5 +1,9 @@
 """Tiny random models with a byte tokenizer, and English text that is always at hand."""
 
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton, which torch does at times
+
 import pydoc_data.topics
 from pathlib import Path
 

@@ -27,7 +27,7 @@ class Method:
     start: (x, width, channels) to the values of both at the first forward. apply: (quantizer, x) to the output.
     codes: (quantizer, weight), rotated if it rotates, to codes 0 … 2ᵇ − 1; None if they are not known.
     spacing: likewise to the distance of two levels, (rows, 1) or (); None if the levels are on no grid.
-    zero: (width) to what is subtracted from a code before the spacing multiplies it.
+    zero: (width) to what is subtracted from a code before the spacing multiplies it. bell: whether it is BBQ.
     """
 
     widths: tuple[int, ...]
@@ -39,6 +39,7 @@ class Method:
     codes: Callable[[Any, Tensor], Tensor] | None = None
     spacing: Callable[[Any, Tensor], Tensor] | None = None
     zero: Callable[[int], float] = lambda width: 2 ** (width - 1) - 0.5
+    bell: bool = False
 
 
 def _per_row(channels: int | None) -> tuple[int, ...]:
@@ -116,6 +117,7 @@ _BBQ = Method(
     codes=lambda q, v: bellbox.normal_codes(v * bellbox.inverse_rms(v, by_row=True), q.width),
     spacing=lambda q, v: q.gamma / 2 ** (q.width - 1),
     zero=bellbox.zero_point,
+    bell=True,
 )
 METHODS: dict[str, Method] = {
     "bbq": _BBQ,
@@ -197,6 +199,12 @@ class Quantizer(nn.Module):
                     torch.distributed.broadcast(target.data, 0)
         self.ready.fill_(True)
         self._ready = True
+
+    @property
+    def bell(self) -> tuple[Tensor, Tensor | None] | None:
+        """If it is BBQ's, for activations in evaluation: γ, and the 1/rms that is kept, None for the input's own."""
+        kept: dict[str, Any] = {**self._parameters, **self._buffers}
+        return (kept["gamma"], kept.get("inverse_rms")) if self.rules.bell else None
 
     def settled(self) -> Quantizer:
         """For inference: all values are there, or will come from a file. Returns itself."""

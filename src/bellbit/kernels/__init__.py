@@ -1,14 +1,36 @@
-"""Kernels for packed weights: the compiled ones where they are built and fit, else the reference in plain torch."""
+"""Kernels for packed weights: compiled ones on a CPU, Triton's on a GPU, else the reference in plain torch."""
 
 from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from bellbit.core import bellbox
 from bellbit.core.activations import Scope
 from bellbit.core.hadamard import hadamard
 from bellbit.kernels import native, reference
+from bellbit.packed.planes import Bellbox
 from bellbit.packed.tensor import PackedTensor
+
+
+def _gpu_kernels(x: Tensor) -> Any:
+    """The Triton kernels, if they serve for x."""
+    if x.device.type != "cuda" or (x.requires_grad and torch.is_grad_enabled()):
+        return None
+    return _triton_kernels()
+
+
+@cache
+def _triton_kernels() -> Any:
+    try:
+        from bellbit.kernels import triton
+    except ImportError:
+        return None
+    return triton
 
 
 def _native_takes(x: Tensor) -> bool:
@@ -26,8 +48,25 @@ def linear(
 
     Where a gradient is wanted (call models under `torch.no_grad()` if not), the reference serves: it has one.
     """
-    fits = _native_takes(x) and native.supports(weight)
-    return (native if fits else reference).linear(x, weight, bias, act_bits, scope)
+    if _native_takes(x) and native.supports(weight):
+        return native.linear(x, weight, bias, act_bits, scope)
+    if (gpu := _gpu_kernels(x)) is not None and gpu.supports(x, weight):
+        return gpu.linear(x, weight, bias, act_bits, scope)
+    return reference.linear(x, weight, bias, act_bits, scope)
+
+
+def bellbox_linear(
+    x: Tensor, gamma: Tensor, inverse: Tensor | None, width: int, weight: Bellbox, bias: Tensor | None
+) -> Tensor:
+    """x̂·Ŵᵀ + bias with x̂ = BBQ's quantization of x and a rotated weight; on a GPU a product of integers.
+
+    x: (..., in), float. gamma: (), learned. inverse: (), the 1/rms kept for x; None for its own. width: bits of x̂.
+    Returns (..., out) in x's dtype.
+    """
+    if (gpu := _gpu_kernels(x)) is not None:
+        return gpu.codes_linear(x, gamma, inverse, width, weight, bias)
+    levels, _ = bellbox.bellbox(x, gamma, width, by_row=False, running=inverse, rotate=rotate)
+    return linear(levels, replace(weight, rotated=0), bias)
 
 
 def rotate(x: Tensor) -> Tensor:

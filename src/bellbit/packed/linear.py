@@ -74,14 +74,15 @@ class PackedLinear(nn.Module):
         return "none" if self.input_quantizer is None else self.input_quantizer.spec
 
     def forward(self, x: Tensor) -> Tensor:
-        packed = self.packed
-        if self.input_quantizer is not None:
-            x = self.input_quantizer(x)
-            if self.input_quantizer.rules.rotates:
-                if isinstance(packed, Bellbox) and packed.rotated:
-                    packed = replace(packed, rotated=0)  # it meets an input that is in its domain already
-                else:
-                    x = kernels.rotate(x)  # back: H is its own inverse
+        packed, rule = self.packed, self.input_quantizer
+        if rule is not None and isinstance(packed, Bellbox) and packed.rotated:
+            if rule.bell is not None:
+                return kernels.bellbox_linear(x, *rule.bell, rule.width, packed, self.bias)
+            x = rule(x)
+            if rule.rules.rotates:
+                packed = replace(packed, rotated=0)  # it meets an input that is in its domain already
+        elif rule is not None:
+            x = kernels.rotate(rule(x)) if rule.rules.rotates else rule(x)  # back: H is its own inverse
         y = kernels.linear(x, packed, self.bias, self.act_bits, self.act_scope)
         return quantize_activations(y, self.act_bits, self.act_scope) if self.round_output else y
 
