@@ -3,11 +3,31 @@
 import argparse
 import json
 import sys
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # the slow oracle lives beside the tests
 
+import torch
+
 import oracle  # noqa: F401
+
+
+def seconds_of(work):
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def rounds(works, repeats):
+    """Seconds of each work, (repeats): all in turn, again and again, since the speed of a shared machine drifts."""
+    for work in works:
+        work()
+    return torch.tensor([[seconds_of(work) for work in works] for _ in range(repeats)], dtype=torch.float64).T
+
+
+def median_ratio(slow, fast):
+    return float((slow / fast).median())
 
 
 def parser(description):

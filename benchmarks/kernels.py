@@ -6,7 +6,6 @@ Layers of 4096 × 11008, several of them in turn, so that neither the dense nor 
 import ctypes
 import subprocess
 import tempfile
-import time
 from pathlib import Path
 
 import torch
@@ -16,29 +15,12 @@ from bellbit.kernels import native
 from bellbit.packed.bits import pack_bits
 from bellbit.packed.codebook2 import Codebook2
 from bellbit.packed.planes import Bellbox, Sign128
-from common import note, parser, row, show
+from common import median_ratio, note, parser, rounds, row, show
 
 ROWS, COLUMNS = 11008, 4096
 PROMPT = 512
 BARS = {("codebook2", 16): 7, ("codebook2", 8): 10, ("sign128", 16): 14, ("sign128", 8): 20}
 BANDWIDTH_BAR, PROMPT_BAR = 0.6, 0.9
-
-
-def seconds_of(work):
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
-def rounds(works, repeats):
-    """Seconds of each work, (repeats): all in turn, again and again, since the speed of a shared machine drifts."""
-    for work in works:
-        work()
-    return torch.tensor([[seconds_of(work) for work in works] for _ in range(repeats)], dtype=torch.float64).T
-
-
-def median_ratio(slow, fast):
-    return float((slow / fast).median())
 
 
 def random_bytes(*shape):

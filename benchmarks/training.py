@@ -5,10 +5,8 @@ And the rotation of BBQ against the product with a dense block-diagonal matrix, 
 
 import argparse
 import os
-import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -19,7 +17,7 @@ from bellbit.kernels import native
 from bellbit.memory import release_memory
 from bellbit.qat import prepare
 from bellbit.qat.presets import preset
-from common import note, parser, row, show
+from common import median_ratio, note, parser, rounds, row, show
 
 BATCH, LENGTH, VOCABULARY = 16, 256, 4096
 BARS = {"eager": 1.6, "compiled": 1.25, "memory": 1.5}
@@ -44,23 +42,6 @@ def make(method, compiled=False):
         optimizer.zero_grad()
 
     return step
-
-
-def seconds(works, repeats=9):
-    """Seconds of each work, all in turn, again and again: (repeats,) each."""
-    for work in works:
-        work()
-    found = [[] for _ in works]
-    for _ in range(repeats):
-        for work, times in zip(works, found, strict=True):
-            start = time.perf_counter()
-            work()
-            times.append(time.perf_counter() - start)
-    return found
-
-
-def ratio(slow, fast):
-    return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
 
 
 def peak_of_a_step(method):
@@ -95,20 +76,20 @@ def main():
         return
     arguments = parser(__doc__).parse_args()
     rows = []
-    plain, *others = seconds([make(method) for method in METHODS])
-    note(f"unquantized step: {1e3 * statistics.median(plain):.0f} ms")
+    plain, *others = rounds([make(method) for method in METHODS], repeats=9)
+    note(f"unquantized step: {1e3 * float(plain.median()):.0f} ms")
     for method, times in zip(METHODS[1:], others, strict=True):
         bar = BARS["eager"] if method == "bbq:2" else None
-        rows.append(row(f"step with {method} / unquantized", ratio(times, plain), bar, at_most=True))
-    plain, ours = seconds([make("none", compiled=True), make("bbq:2", compiled=True)])
-    rows.append(row("the same compiled, bbq:2", ratio(ours, plain), BARS["compiled"], at_most=True))
+        rows.append(row(f"step with {method} / unquantized", median_ratio(times, plain), bar, at_most=True))
+    plain, ours = rounds([make("none", compiled=True), make("bbq:2", compiled=True)], repeats=9)
+    rows.append(row("the same compiled, bbq:2", median_ratio(ours, plain), BARS["compiled"], at_most=True))
     least, ours = memory("none"), memory("bbq:2")
     note(f"memory of a step: {least / 1e6:.0f} MB unquantized, {ours / 1e6:.0f} MB with bbq:2")
     rows.append(row("memory of a step, bbq:2 / unquantized", ours / least, BARS["memory"], at_most=True))
     for width in (256, 4096):
         x = torch.randn(1024, width)
-        by_blocks, ours = seconds([lambda x=x: hadamard(x), lambda x=x: native.rotate(x)], repeats=25)
-        rows.append(row(f"rotation at width {width}: ours / blocks of 128", ratio(by_blocks, ours), 1))
+        by_blocks, ours = rounds([lambda x=x: hadamard(x), lambda x=x: native.rotate(x)], repeats=25)
+        rows.append(row(f"rotation at width {width}: ours / blocks of 128", median_ratio(by_blocks, ours), 1))
     show(rows, arguments.json)
 
 

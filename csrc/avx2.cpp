@@ -96,15 +96,11 @@ struct Avx2 {
   }
   static B bits8(const uint8_t* bits) { return {mask32(bits), mask32(bits + 4)}; }
   static X keep(B bits, X x) { return {_mm256_and_si256(bits.low, x.low), _mm256_and_si256(bits.high, x.high)}; }
-  template <int Factor>
-  static __m256i add32(__m256i acc, __m256i x) {
-    const __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), x);
-    return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(Factor)));
+  static __m256i add32_twice(__m256i acc, __m256i x) {
+    const __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(2), x);
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
   }
-  template <int Factor>
-  static I add_bytes(I acc, X x) {
-    return {add32<Factor>(acc.low, x.low), add32<Factor>(acc.high, x.high)};
-  }
+  static I add_twice(I acc, X x) { return {add32_twice(acc.low, x.low), add32_twice(acc.high, x.high)}; }
   static I add_shifted(I sum, I acc, int shift) {
     return {_mm256_add_epi32(sum.low, _mm256_slli_epi32(acc.low, shift)),
             _mm256_add_epi32(sum.high, _mm256_slli_epi32(acc.high, shift))};

@@ -225,14 +225,14 @@ struct CodebookBody {
     prefetch(static_cast<const uint8_t*>(w.scales) + row * scale_bytes, R * scale_bytes);
     const float* tables = work.tables.data;
     float sizes[R];
-    if (x.codes) row_tables<R, true>(w, work, row, sizes);
-    else row_tables<R, false>(w, work, row, sizes);
     int64_t m = 0;
     if (x.codes) {
+      row_tables<R, true>(w, work, row, sizes);
       for (; m + 4 <= x.tokens; m += 4) codes<R, 4>(w, x, m, row, tables, stride, sizes, bias, y);
       for (; m < x.tokens; m++) codes<R, 1>(w, x, m, row, tables, stride, sizes, bias, y);
       return;
     }
+    row_tables<R, false>(w, work, row, sizes);
     for (; m + 4 <= x.tokens; m += 4) values<R, 4>(w, x, m, row, tables, stride, bias, y);
     for (; m + 2 <= x.tokens; m += 2) values<R, 2>(w, x, m, row, tables, stride, bias, y);
     if (m < x.tokens) values<R, 1>(w, x, m, row, tables, stride, bias, y);

@@ -55,26 +55,5 @@ template <int N, class Take>
   }
 }
 
-// max |x|; infinite or NaN where any x is
-float largest_of(const float* x, int64_t count) {
-  float lanes[kLanes] = {}, bad[kLanes] = {};  // apart by lane, so that the loop becomes vector instructions
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes)
-    for (int64_t lane = 0; lane < kLanes; lane++) {
-      const float size = std::fabs(x[i + lane]);
-      lanes[lane] = lanes[lane] < size ? size : lanes[lane];
-      bad[lane] += size * 0;
-    }
-  for (; i < count; i++) {
-    lanes[0] = larger(lanes[0], std::fabs(x[i]));
-    bad[0] += x[i] * 0;
-  }
-  for (int64_t lane = 1; lane < kLanes; lane++) {
-    lanes[0] = larger(lanes[0], lanes[lane]);
-    bad[0] += bad[lane];
-  }
-  return lanes[0] + bad[0];
-}
-
 }  // namespace
 }  // namespace bellbit

@@ -84,13 +84,12 @@ struct Neon {
     for (int i = 0; i < 4; i++) x.part[i] = vandq_s8(vreinterpretq_s8_u8(bits.part[i]), x.part[i]);
     return x;
   }
-  template <int Factor>
-  static I add_bytes(I acc, X x) {
+  static I add_twice(I acc, X x) {
     for (int i = 0; i < 4; i++) {
 #ifdef BELLBIT_DOT
-      acc.part[i] = vdotq_s32(acc.part[i], x.part[i], vdupq_n_s8(Factor));
+      acc.part[i] = vdotq_s32(acc.part[i], x.part[i], vdupq_n_s8(2));
 #else
-      acc.part[i] = vpadalq_s16(acc.part[i], vmulq_n_s16(vpaddlq_s8(x.part[i]), Factor));
+      acc.part[i] = vpadalq_s16(acc.part[i], vmulq_n_s16(vpaddlq_s8(x.part[i]), 2));
 #endif
     }
     return acc;

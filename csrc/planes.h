@@ -66,7 +66,7 @@ struct PlanesBody {
       const typename S::X values = S::load8(x + c);
       for (int r = 0; r < R; r++)
         for (int p = 0; p < P; p++)
-          acc[r][p] = S::template add_bytes<2>(acc[r][p], S::keep(S::bits8(bits.at[r][p] + offset + c / 8), values));
+          acc[r][p] = S::add_twice(acc[r][p], S::keep(S::bits8(bits.at[r][p] + offset + c / 8), values));
     }
   }
 
@@ -176,7 +176,7 @@ struct PlanesBody {
           for (int64_t c = 0; c < kBlock; c += 64) {
             const typename S::X xs = S::load8(codes + c);
             for (int r = 0; r < R; r++)
-              acc[r] = S::template add_bytes<2>(acc[r], S::keep(S::bits8(at + r * stride + c / 8), xs));
+              acc[r] = S::add_twice(acc[r], S::keep(S::bits8(at + r * stride + c / 8), xs));
           }
           for (int r = 0; r < R; r++) sums[r] = S::to_float(acc[r]);
         } else {

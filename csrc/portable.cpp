@@ -86,9 +86,8 @@ struct Portable {
     for (int i = 0; i < 64; i++) x.lane[i] = bits >> i & 1 ? x.lane[i] : int8_t{0};
     return x;
   }
-  template <int Factor>
-  static I add_bytes(I acc, const X& x) {
-    for (int i = 0; i < 64; i++) acc.lane[i % kLanes] += Factor * x.lane[i];
+  static I add_twice(I acc, const X& x) {
+    for (int i = 0; i < 64; i++) acc.lane[i % kLanes] += 2 * x.lane[i];
     return acc;
   }
   static I add_shifted(I sum, const I& acc, int shift) {

@@ -43,7 +43,7 @@ class Method:
 
 
 def _per_row(channels: int | None) -> tuple[int, ...]:
-    return () if channels is None else (channels, 1)
+    return (1,) if channels is None else (channels, 1)  # never (), which FSDP2 cannot shard
 
 
 def _bbq(quantizer: Any, x: Tensor) -> Tensor:
@@ -132,7 +132,7 @@ METHODS: dict[str, Method] = {
     "lsq": Method(
         (2, 3, 4),
         lambda q, x: baselines.lsq(x, q.step, q.width),
-        shapes=lambda width, channels: {"step": ()},
+        shapes=lambda width, channels: {"step": (1,)},
         start=_lsq_start,
         codes=lambda q, x: baselines.lsq_codes(x, q.step, q.width),
         spacing=lambda q, x: q.step,
@@ -163,6 +163,7 @@ class Quantizer(nn.Module):
 
     Input and output (..., n), any float dtype; rotated on the way if the method rotates. Learned parameters are
     float32, exist from the start and get their values from the first batch; the buffer `ready` says whether they have.
+    What FSDP shards must have seen one before: it forgets what a forward writes into parameters.
     """
 
     def __init__(self, method: str, width: int, channels: int | None) -> None:

@@ -40,6 +40,41 @@ def test_converted_gives_what_was_trained(weights, activations):
     assert converted[0].packed.bits_per_weight == bits + 32 / 200
 
 
+def network(seed):
+    torch.manual_seed(seed)
+    model = torch.nn.Sequential(torch.nn.Linear(40, 24), torch.nn.ReLU(), torch.nn.Linear(24, 7))
+    return prepare(model, "bbq:2", "bbq-fast:3")
+
+
+def steps(model, inputs):
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    for x in inputs:
+        model(x).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+
+def test_state_goes_on_from_a_state_dict():
+    """What is learned, the running 1/rms, and that neither starts anew at the next batch."""
+    inputs = torch.randn(6, 5, 40, generator=torch.Generator().manual_seed(0))
+    whole = steps(network(0), inputs)
+    second = network(1)
+    second.load_state_dict(steps(network(0), inputs[:3]).state_dict())
+    actual = steps(second, inputs[3:]).state_dict()
+    assert {"0.input_quantizer.inverse_rms", "0.input_quantizer.ready", "2.weight_quantizer.gamma"} <= set(actual)
+    assert all(torch.equal(values, actual[name]) for name, values in whole.state_dict().items())
+
+
+def test_compiled_training_is_eager_training():
+    inputs = torch.randn(4, 5, 40, generator=torch.Generator().manual_seed(0))
+    expected = steps(network(0), inputs).state_dict()
+    model = network(0)
+    steps(torch.compile(model, backend="aot_eager"), inputs)
+    for name, values in model.state_dict().items():
+        torch.testing.assert_close(values, expected[name], rtol=1e-5, atol=1e-6)  # measured 0
+
+
 def test_a_converted_model_survives_the_file(tmp_path):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(LlamaConfig(**LLAMA_LIKE)).eval()

@@ -69,7 +69,7 @@ def quest_codes(v: Tensor, step: Tensor, width: int) -> Tensor:
 def lsq(x: Tensor, step: Tensor, width: int) -> Tensor:
     """(round(clamp(x/s − ½, −2^(b−1), 2^(b−1) − 1)) + ½)·s, one learned s per tensor (LSQ, half-integer levels).
 
-    step: (). Its gradient × 1/√(numel·(2^(b−1) − 1)). Not defined at 1 bit.
+    step: (1,). Its gradient × 1/√(numel·(2^(b−1) − 1)). Not defined at 1 bit.
     """
     step = scaled_gradient(step, (x.numel() * (2 ** (width - 1) - 1)) ** -0.5)
     inside = _lsq_inside(x, step, width)
@@ -89,7 +89,7 @@ def lsq_codes(x: Tensor, step: Tensor, width: int) -> Tensor:
 def seq(x: Tensor, edge: Tensor, width: int) -> Tensor:
     """α·(round(clip(x/α, ±.99)·n − ½) + ½)/n with n = 2^(b−1); α·sign(x) at 1 bit (SEQ of ParetoQ, arXiv 2502.02631).
 
-    edge: α, () or (rows, 1), learned; its gradient is that of the levels against x/α, × 1/√(numel·max(n − 1, 1)).
+    edge: α, (1,) or (rows, 1), learned; its gradient is that of the levels against x/α, × 1/√(numel·max(n − 1, 1)).
     x's gradient passes where |x/α| ≤ .99.
     """
     half = 2 ** (width - 1)

@@ -65,7 +65,7 @@ class _Bellbox(torch.autograd.Function):
         u = (x if rotate is None else rotate(x)).float() * inverse
         grad = grad.float()
         wrt_gamma = (codes.float().sub_(zero_point(ctx.width)).mul_(grad)).div_(2 ** (ctx.width - 1))
-        wrt_gamma = wrt_gamma.sum(dim=-1, keepdim=True) if gamma.ndim else wrt_gamma.sum()
+        wrt_gamma = wrt_gamma.sum(dim=-1, keepdim=True) if gamma.ndim == 2 else wrt_gamma.sum().view_as(gamma)
         # dy/du = γ/2^(b−1) · 2ᵇ·φ(u)
         wrt_u = (u.square() * -0.5).exp_().mul_(2 / math.sqrt(2 * math.pi)).mul_(gamma.float()).mul_(grad)
         if ctx.live:  # u = v/rms(v)
@@ -84,7 +84,7 @@ def bellbox(
 ) -> tuple[Tensor, Tensor]:
     """BBQ's fake quantization (§3): γ/2^(b−1)·(round(2ᵇ·Φ(v/rms) − ½) − z) with v = x·H, and the 1/rms that was used.
 
-    x: (..., n), any float dtype; computed in float32. gamma: (), or (rows, 1) with `by_row`. width: b.
+    x: (..., n), any float dtype; computed in float32. gamma: one number, or (rows, 1) with `by_row`. width: b.
     by_row: one rms per row, else one of the whole tensor. running: use this 1/rms instead, as a constant.
     rotate: what multiplies by H; None if x is to stay in its own domain (an ablation).
     The gradient passes the rounding straight and goes through Φ, rms and H; γ's is not scaled.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 from torch import Tensor
 
@@ -15,7 +13,6 @@ def block_sizes(width: int) -> list[int]:
     return [BLOCK] * (width // BLOCK) + [size for size in (64, 32, 16, 8, 4, 2, 1) if width % BLOCK & size]
 
 
-@cache
 def sylvester(size: int) -> Tensor:
     """The normalized Sylvester-Hadamard matrix, orthogonal and symmetric: float64 (size, size)."""
     matrix = torch.ones(1, 1, dtype=torch.float64)

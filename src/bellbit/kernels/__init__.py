@@ -60,7 +60,7 @@ def bellbox_linear(
 ) -> Tensor:
     """x̂·Ŵᵀ + bias with x̂ = BBQ's quantization of x and a rotated weight; on a GPU a product of integers.
 
-    x: (..., in), float. gamma: (), learned. inverse: (), the 1/rms kept for x; None for its own. width: bits of x̂.
+    x: (..., in), float. gamma: (1,), learned. inverse: (), the 1/rms kept for x; None for its own. width: bits of x̂.
     Returns (..., out) in x's dtype.
     """
     if (gpu := _gpu_kernels(x)) is not None:

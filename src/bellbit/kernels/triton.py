@@ -98,7 +98,7 @@ def multiply(
 ) -> Tensor:
     """scale·(codes − zero)·Ŵᵀ + bias, the sums in integers.
 
-    planes: (width, tokens, ⌈in/8⌉), see `quantize`. scale: (). weight: taken in its own domain. bias: (out,).
+    planes: (width, tokens, ⌈in/8⌉), see `quantize`. scale: one number. weight: taken in its own domain. bias: (out,).
     Returns (tokens, out).
     """
     width, tokens, row_bytes = planes.shape

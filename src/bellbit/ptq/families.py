@@ -40,15 +40,18 @@ class Family:
 
 _ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 
-_LLAMA = Family(
-    blocks="model.layers",
-    groups=(
+
+def _gated(mlp_norm: str) -> tuple[InputGroup, ...]:
+    """Attention and gated MLP, each behind a norm; `mlp_norm` feeds the second."""
+    return (
         InputGroup(_ATTENTION, norm="input_layernorm"),
         InputGroup(("self_attn.o_proj",)),
-        InputGroup(("mlp.gate_proj", "mlp.up_proj"), norm="post_attention_layernorm"),
+        InputGroup(("mlp.gate_proj", "mlp.up_proj"), norm=mlp_norm),
         InputGroup(("mlp.down_proj",)),
-    ),
-)
+    )
+
+
+_LLAMA = Family(blocks="model.layers", groups=_gated("post_attention_layernorm"))
 _OPT = Family(
     blocks="model.decoder.layers",
     groups=(
@@ -61,16 +64,7 @@ _OPT = Family(
     act_scope="tensor",
     rounded_outputs=_ATTENTION,
 )
-_GEMMA3 = Family(
-    blocks="model.layers",
-    groups=(
-        InputGroup(_ATTENTION, norm="input_layernorm"),
-        InputGroup(("self_attn.o_proj",)),
-        InputGroup(("mlp.gate_proj", "mlp.up_proj"), norm="pre_feedforward_layernorm"),
-        InputGroup(("mlp.down_proj",)),
-    ),
-    norm_offset=1.0,
-)
+_GEMMA3 = Family(blocks="model.layers", groups=_gated("pre_feedforward_layernorm"), norm_offset=1.0)
 
 FAMILIES: dict[str, Family] = {
     "gemma3_text": _GEMMA3,

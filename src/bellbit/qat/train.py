@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from bellbit.data import load_corpus
 from bellbit.errors import BellbitError
@@ -117,24 +119,39 @@ def train(
         data = packed_sequences(corpus, tokenizer, settings.length, settings.sequences, state / "text")
     transformers.set_seed(settings.seed)
     model = _model(settings, tokenizer)
-    if (settings.weights, settings.activations) != ("none", "none"):
-        prepare(model, settings.weights, settings.activations)
     trainer = _trainer(model, data, settings, state, steps, report)
+    if trainer.is_fsdp_enabled:
+        with torch.no_grad():
+            # FSDP would forget the quantizers' first values
+            model.to(trainer.args.device)(**next(iter(trainer.get_train_dataloader())))
     start = time.perf_counter()
     last = _last_checkpoint(state) if resume else None
     trainer.train(resume_from_checkpoint=str(last) if last else None)
     seconds = time.perf_counter() - start
+    with _unsharded(model):
+        measures = _measures(model)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return Trained(
-        trainer.accelerator.unwrap_model(trainer.model).cpu().float().eval(),
+        _gathered(trainer, settings, tokenizer),
         tokenizer,
         data[0]["input_ids"].long(),
         settings,
         steps,
         losses[-1] if losses else math.nan,
-        _measures(model).get("code_entropy", math.nan),
+        measures.get("code_entropy", math.nan),
         seconds,
     )
+
+
+def _gathered(trainer: Any, settings: Settings, tokenizer: Any) -> Any:
+    """The trained model in float32 and in evaluation mode, on the CPU, whole in the first process."""
+    if not trainer.is_fsdp_enabled:
+        return trainer.accelerator.unwrap_model(trainer.model).cpu().float().eval()
+    values = trainer.accelerator.get_state_dict(trainer.model)
+    model = _model(settings, tokenizer)
+    if processes().is_main_process:
+        model.load_state_dict(values)
+    return model.eval()
 
 
 def _tokenizer(state: Path, settings: Settings, corpus: Any) -> Any:
@@ -150,7 +167,7 @@ def _tokenizer(state: Path, settings: Settings, corpus: Any) -> Any:
 
 
 def _model(settings: Settings, tokenizer: Any) -> Any:
-    """Random weights: normal, σ = .02, and .02/√(2·layers) where a block adds to the residual stream."""
+    """Random weights: normal, σ = .02, and .02/√(2·layers) where a block adds to the residual stream; quantizers."""
     from transformers import AutoModelForCausalLM
 
     specials = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
@@ -163,6 +180,8 @@ def _model(settings: Settings, tokenizer: Any) -> Any:
         for name, module in model.named_modules():
             if name.endswith(("o_proj", "out_proj", "down_proj", "fc2")):
                 module.weight.mul_((2 * config.num_hidden_layers) ** -0.5)
+    if (settings.weights, settings.activations) != ("none", "none"):
+        prepare(model, settings.weights, settings.activations)
     return model
 
 
@@ -224,7 +243,9 @@ def _trainer(
             return self.lr_scheduler
 
         def log(self, logs: dict[str, float], *rest: Any, **named: Any) -> None:
-            super().log(logs | (_measures(model) if "loss" in logs else {}), *rest, **named)
+            with _unsharded(model):
+                measures = _measures(model) if "loss" in logs else {}
+            super().log(logs | measures, *rest, **named)
 
     arguments = TrainingArguments(
         output_dir=str(state),
@@ -270,6 +291,17 @@ def _last_checkpoint(state: Path) -> Path | None:
         except (OSError, ValueError):
             continue
     return None
+
+
+@contextmanager
+def _unsharded(model: nn.Module) -> Iterator[None]:
+    """Whole parameters for a while, where FSDP has cut them."""
+    sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for module in sharded:
+        module.unshard()
+    yield
+    for module in sharded:
+        module.reshard()
 
 
 @torch.no_grad()
