@@ -5,11 +5,13 @@ with the plain kernel first. Needs a GPU; does nothing without one.
 """
 
 import importlib.util
+from dataclasses import replace
 
 import torch
 
+from bellbit.core import bellbox
 from bellbit.kernels import reference
-from bellbit.packed.planes import Bellbox
+from bellbit.packed.planes import Bellbox, unpack_codes
 from common import note, parser, row, show
 from kernels import codebook2, sign128
 
@@ -19,7 +21,7 @@ TOLERANCE = 1e-2  # of the norm: outputs in bfloat16
 
 
 def on_gpu(packed):
-    return packed.to("cuda")
+    return replace(packed, **{name: tensor.cuda() for name, tensor in packed.tensors.items()})
 
 
 def milliseconds(works):
@@ -46,7 +48,7 @@ def gemlite_rows(x, baseline):
     if importlib.util.find_spec("gemlite") is None:
         note("gemlite is not installed")
         return []
-    from gemlite.core import DType, GemLiteLinear
+    from gemlite import DType, GemLiteLinear
 
     rows = []
     for bits in (1, 2):
@@ -89,9 +91,7 @@ def many_tokens(kernels, tokens):
     for width in (1, 2, 3, 4):
         codes = torch.randint(0, 2**width, (ROWS, COLUMNS), dtype=torch.uint8)
         weight = on_gpu(Bellbox.pack(codes, torch.rand(ROWS), width, half=width <= 2))
-        levels = (
-            kernels.unpacked(kernels.quantize(x, width, inverse), COLUMNS) - kernels.bellbox.zero_point(width)
-        ).float()
+        levels = unpack_codes(kernels.quantize(x, width, inverse), COLUMNS) - bellbox.zero_point(width)
         expected = torch.nn.functional.linear(levels / 2 ** (width - 1), weight.levels())
         check(f"bellbox {width}", kernels.codes_linear(x, gamma, inverse, width, weight, None), expected)
         whole = milliseconds([lambda w=weight, b=width: kernels.codes_linear(x, gamma, inverse, b, w, None)])
