@@ -97,6 +97,16 @@ def test_the_packed_file_has_the_perplexity_of_what_was_trained(settings, tmp_pa
     assert perplexity(loaded, windows).perplexity == pytest.approx(expected, rel=1e-5)  # measured 0
 
 
+@pytest.mark.parametrize("way", ["bf16", pytest.param("compile", marks=pytest.mark.slow)])
+def test_autocast_and_compilation_learn_alike(settings, tmp_path, way):
+    plain = train(tmp_path / "plain", Settings(**settings))
+    other = train(tmp_path / "other", Settings(**settings | {way: True}))
+    assert other.loss == pytest.approx(plain.loss, rel=1e-2)  # measured 2e-4 and 6e-6
+    assert {p.dtype for p in other.model.parameters()} == {torch.float32}
+    pretrain(tmp_path / "out", Settings(**settings | {way: True}))
+    assert len(packed_linears(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))) == 14
+
+
 @pytest.mark.parametrize(("weights", "bits"), [("none", 16), ("bbq:1", 1)])
 def test_activations_may_stay_as_they_are(settings, tmp_path, weights, bits):
     short = {"tokens": 2 * 8 * 32, "weights": weights, "activations": "none"}

@@ -146,7 +146,7 @@ def train(
 def _gathered(trainer: Any, settings: Settings, tokenizer: Any) -> Any:
     """The trained model in float32 and in evaluation mode, on the CPU, whole in the first process."""
     if not trainer.is_fsdp_enabled:
-        return trainer.accelerator.unwrap_model(trainer.model).cpu().float().eval()
+        return trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).cpu().float().eval()
     values = trainer.accelerator.get_state_dict(trainer.model)
     model = _model(settings, tokenizer)
     if processes().is_main_process:
