@@ -19,7 +19,7 @@ from bellbit.evaluate import perplexity
 from bellbit.packed.linear import packed_linears
 from bellbit.packed.save import round_unquantized
 from bellbit.qat import QuantLinear, prepare
-from bellbit.qat.presets import PRESETS, preset
+from bellbit.qat.presets import PRESETS, Preset, preset
 from bellbit.qat.settings import Settings, count, read_recipe
 from bellbit.qat.train import one_cycle, parameter_groups, pretrain, train
 from conftest import LLAMA_LIKE
@@ -71,6 +71,16 @@ def test_presets_have_the_published_sizes():
             model = AutoModelForCausalLM.from_config(config)
         assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(wanted, rel=0.11)  # names are rounded
     assert all(name in PRESETS for size in ("95m", "430m", "800m") for name in (f"llama-{size}", f"gpt-{size}"))
+
+
+def test_gpt_trains_without_biases(settings, tmp_path, monkeypatch):
+    small = Preset("gpt", 2, 64, 2, 96, 1e-2, 2 * 8 * 32, seq_len=32, batch=8, rows=None)
+    monkeypatch.setitem(PRESETS, "gpt-95m", small)
+    chosen = {"preset": "gpt-95m", "model": None, "tokens": None}
+    parameters = dict(train(tmp_path / "state", Settings(**settings | chosen)).model.named_parameters())
+    biases = [parameter for name, parameter in parameters.items() if name.endswith("bias")]
+    assert biases and not any(map(torch.any, biases))
+    assert bool((parameters["model.decoder.final_layer_norm.weight"] != 1).any())
 
 
 def test_a_run_learns_and_its_checkpoint_is_packed(settings, tmp_path):

@@ -180,6 +180,8 @@ def _model(settings: Settings, tokenizer: Any) -> Any:
         for name, module in model.named_modules():
             if name.endswith(("o_proj", "out_proj", "down_proj", "fc2")):
                 module.weight.mul_((2 * config.num_hidden_layers) ** -0.5)
+            if isinstance(module, nn.LayerNorm) and settings.preset is not None:
+                module.bias.requires_grad_(False)  # GPT's norms have none: it stays zero in OPT's
     if (settings.weights, settings.activations) != ("none", "none"):
         prepare(model, settings.weights, settings.activations)
     return model
