@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, NamedTuple
 
@@ -83,3 +83,9 @@ def stored_bits(layout: type[PackedTensor], shape: tuple[int, int], options: Map
         for part in spec.parts:
             bits[part] = bits.get(part, 0.0) + size / math.prod(shape) / len(spec.parts)
     return bits
+
+
+def mean_over_weights(tensors: list[PackedTensor], value: Callable[[PackedTensor], float]) -> float:
+    """Mean of a value of packed tensors, each counted by how many weights it holds."""
+    sizes = [math.prod(packed.shape) for packed in tensors]
+    return sum(size * value(packed) for size, packed in zip(sizes, tensors, strict=True)) / sum(sizes)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from bellbit.loading import load_config, load_model, load_tokenizer, locate, qua
 from bellbit.memory import release_memory
 from bellbit.packed.linear import packed_linears
 from bellbit.packed.save import check_output, quantization_config, round_unquantized, save_checkpoint
-from bellbit.packed.tensor import PackedTensor
+from bellbit.packed.tensor import mean_over_weights
 from bellbit.ptq.families import Family, check_foldable, family_of
 from bellbit.ptq.loop import Observer, Progress, quantize_model
 from bellbit.ptq.methods import METHODS, Settings
@@ -119,19 +118,14 @@ def quantize(
         out=str(target),
         method=method,
         calibration=calibration,
-        bits_per_weight=_weighted_mean(weights, lambda packed: packed.bits_per_weight),
-        nominal_bits=_weighted_mean(weights, lambda packed: packed.nominal_bits),
+        bits_per_weight=mean_over_weights(weights, lambda packed: packed.bits_per_weight),
+        nominal_bits=mean_over_weights(weights, lambda packed: packed.nominal_bits),
         checkpoint_bytes=sum(file.stat().st_size for file in target.iterdir()),
         errors=run.errors,
         fallbacks=run.fallbacks,
         seconds=time.perf_counter() - started,
         algorithm_seconds=run.algorithm_seconds,
     )
-
-
-def _weighted_mean(weights: list[PackedTensor], value: Callable[[PackedTensor], float]) -> float:
-    sizes = [packed.shape[0] * packed.shape[1] for packed in weights]
-    return sum(size * value(packed) for size, packed in zip(sizes, weights, strict=True)) / sum(sizes)
 
 
 def linears_of(model: Any, family: Family) -> set[str]:

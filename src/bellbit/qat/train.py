@@ -20,6 +20,7 @@ from bellbit.errors import BellbitError
 from bellbit.loading import load_config, locate, quiet
 from bellbit.packed.linear import packed_linears
 from bellbit.packed.save import check_output, quantization_config, round_unquantized, save_checkpoint
+from bellbit.packed.tensor import mean_over_weights
 from bellbit.qat.layers import QuantLinear, code_entropy, convert, prepare
 from bellbit.qat.presets import preset as find_preset
 from bellbit.qat.settings import Settings, keep, processes, resolve
@@ -49,7 +50,7 @@ class Trained:
 
 @dataclass(frozen=True)
 class Result:
-    """What `pretrain` came to; fields as of `Trained`. bits_per_weight: stored, mean of the quantized linears."""
+    """What `pretrain` came to; fields as of `Trained`. bits_per_weight: stored, of the quantized weights."""
 
     out: Path
     steps: int
@@ -86,8 +87,8 @@ def pretrain(
         round_unquantized(model, {name for name, module in model.named_modules() if isinstance(module, QuantLinear)})
         config = None
         if settings.weights != "none":
-            layers = packed_linears(convert(model)).values()
-            bits = sum(layer.packed.bits_per_weight for layer in layers) / len(layers)
+            weights = [layer.packed for layer in packed_linears(convert(model)).values()]
+            bits = mean_over_weights(weights, lambda packed: packed.bits_per_weight)
             provenance = {"pretraining": asdict(trained.settings)}
             config = quantization_config(model, settings.weights, "token", 16, provenance)
         save_checkpoint(model, trained.tokenizer, config, target, overwrite, trained.probe)
