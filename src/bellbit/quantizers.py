@@ -14,6 +14,7 @@ from bellbit.errors import BellbitError
 from bellbit.kernels import rotate
 
 RUNNING_SHARE = 0.01  # of the newest batch in bbq-fast's running 1/rms
+SMALLEST = 1e-8  # step, edge or rms that a quantizer starts from: inputs may be all zero
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -71,11 +72,12 @@ def _bbq_start(x: Tensor, width: int, channels: int | None) -> dict[str, Tensor]
 
 
 def _lsq_start(x: Tensor, width: int, channels: int | None) -> dict[str, Tensor]:
-    return {"step": 2 * x.abs().mean() / (2 ** (width - 1) - 1) ** 0.5}
+    return {"step": 2 * x.abs().mean().clamp_min(SMALLEST) / (2 ** (width - 1) - 1) ** 0.5}
 
 
 def _seq_start(x: Tensor, width: int, channels: int | None) -> dict[str, Tensor]:
-    return {"edge": x.abs().amax() if channels is None else x.abs().amax(dim=-1, keepdim=True)}
+    largest = x.abs().amax() if channels is None else x.abs().amax(dim=-1, keepdim=True)
+    return {"edge": largest.clamp_min(SMALLEST)}
 
 
 def _n2uq(quantizer: Any, x: Tensor) -> Tensor:
@@ -91,7 +93,7 @@ def _n2uq_shapes(width: int, channels: int | None) -> Shapes:
 
 
 def _n2uq_start(x: Tensor, width: int, channels: int | None) -> dict[str, Tensor]:
-    rms = x.square().mean().sqrt()
+    rms = x.square().mean().sqrt().clamp_min(SMALLEST)
     interval = 4 * rms / (2**width - 1)
     one = torch.ones_like(rms)
     return {
@@ -158,6 +160,11 @@ METHODS: dict[str, Method] = {
 }
 
 
+def _look(quantizer: Quantizer, _: Any) -> None:
+    if "ready" in quantizer._buffers:
+        quantizer._ready = bool(quantizer.ready)
+
+
 class Quantizer(nn.Module):
     """Fake-quantizes what goes through it; made by `quantizer`.
 
@@ -170,7 +177,6 @@ class Quantizer(nn.Module):
         super().__init__()
         self.method, self.width, self.channels = method, width, channels
         self.spec = f"{method}:{width}"
-        self.rules = METHODS[method]
         for name, shape in self.rules.shapes(width, channels).items():
             self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
         for name, shape in self.rules.fixed(width, channels).items():
@@ -178,15 +184,28 @@ class Quantizer(nn.Module):
         self.ready: Tensor
         self.register_buffer("ready", torch.tensor(False))
         self._ready = False  # what `ready` holds, without a look at the device
-        self.register_load_state_dict_post_hook(lambda module, _: module._look())  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(_look)  # type: ignore[no-untyped-call]
 
-    def _look(self) -> None:
-        self._ready = bool(self.ready)
+    @property
+    def rules(self) -> Method:
+        """Of its method."""
+        return METHODS[self.method]
 
     def forward(self, x: Tensor) -> Tensor:
         if not self._ready:
             self._start(x)
-        return self.rules.apply(self, x)
+        if self.rules.bell:  # casts as it needs
+            return self.rules.apply(self, x)
+        return self.rules.apply(self, x.float()).to(x.dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Quantizer:
+        """Moves as any module does, but what is learned stays float32."""
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return tensor.to(moved.device) if moved.dtype != tensor.dtype else moved
+
+        return super()._apply(move, recurse)  # type: ignore[no-untyped-call]
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()

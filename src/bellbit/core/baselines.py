@@ -15,6 +15,7 @@ from torch import Tensor
 QUEST_CLIP = {1: 0.7978845587140913, 2: 1.4935346200015913, 3: 2.051068354131873, 4: 2.513930578568423}
 SEQ_EDGE = 0.99
 N2UQ_SMALLEST_STEP = 1e-3
+N2UQ_SMALLEST_MEAN = 1e-8
 NF_SMALLEST_MAXIMUM = 1e-6
 
 
@@ -128,7 +129,8 @@ def n2uq_weight(x: Tensor, width: int) -> Tensor:
 
 def n2uq_factor(x: Tensor, width: int) -> Tensor:
     """f, (rows, 1)."""
-    return (2**width - 1) / 2 ** (width - 1) * x.detach().abs().mean(dim=-1, keepdim=True)
+    mean = x.detach().abs().mean(dim=-1, keepdim=True).clamp_min(N2UQ_SMALLEST_MEAN)
+    return (2**width - 1) / 2 ** (width - 1) * mean
 
 
 def n2uq_codes(x: Tensor, factor: Tensor, width: int) -> Tensor:

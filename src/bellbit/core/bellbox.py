@@ -71,6 +71,7 @@ class _Bellbox(torch.autograd.Function):
         if ctx.live:  # u = v/rms(v)
             product = wrt_u * u
             mean = product.mean(dim=-1, keepdim=True) if ctx.by_row else product.mean()
+            mean = torch.where(inverse * SMALLEST_RMS < 1 - 1e-6, mean, 0)  # a clamped rms is a constant
             wrt_u = wrt_u.addcmul_(u, mean, value=-1)
         wrt_v = wrt_u.mul_(inverse)
         wrt_x = wrt_v if rotate is None else rotate(wrt_v)  # H is symmetric

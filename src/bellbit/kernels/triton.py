@@ -4,8 +4,6 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
@@ -37,15 +35,16 @@ def linear(x: Tensor, weight: PackedTensor, bias: Tensor | None, act_bits: int =
     y = x.new_empty(len(flat), rows)
     grid = (triton.cdiv(rows, ROWS), len(flat))
     last = (bias if bias is not None else flat, bias is not None, ROWS)
-    if isinstance(weight, Sign128):
-        _sign128[grid](flat, weight.blocks, y, rows, columns, weight.blocks.shape[1], *last)
-    else:
-        assert isinstance(weight, Codebook2)
-        wide = weight.exponents is None
-        tile = min(128, weight.block_size & -weight.block_size)  # no tile lies in two blocks
-        stored = (weight.codes, weight.scales, weight.scales if wide else weight.exponents, weight.salient)
-        sizes = (rows, columns, weight.codes.shape[1], weight.block_size, weight.scales.shape[1])
-        _codebook2[grid](flat, *stored, y, *sizes, *last, wide, tile)
+    with torch.cuda.device_of(x):
+        if isinstance(weight, Sign128):
+            _sign128[grid](flat, weight.blocks, y, rows, columns, weight.blocks.shape[1], *last)
+        else:
+            assert isinstance(weight, Codebook2)
+            wide = weight.exponents is None
+            tile = min(128, weight.block_size & -weight.block_size)  # no tile lies in two blocks
+            stored = (weight.codes, weight.scales, weight.scales if wide else weight.exponents, weight.salient)
+            sizes = (rows, columns, weight.codes.shape[1], weight.block_size, weight.scales.shape[1])
+            _codebook2[grid](flat, *stored, y, *sizes, *last, wide, tile)
     return y.view(*x.shape[:-1], rows)
 
 
@@ -76,21 +75,18 @@ def quantize(x: Tensor, width: int, inverse: Tensor | None = None) -> Tensor:
     grid = (triton.cdiv(tokens, ROWS), triton.cdiv(columns, 128))
     precision = "ieee" if x.dtype == torch.float32 else "tf32"  # which holds ±1 and all 16-bit floats exactly
     tensors = (flat, planes, inverse, _thresholds(width, x.device))
-    _quantize[grid](*tensors, tokens, columns, planes.shape[2], width, ROWS, precision)
+    with torch.cuda.device_of(x):
+        _quantize[grid](*tensors, tokens, columns, planes.shape[2], width, ROWS, precision)
     return planes
 
 
-@cache
 def _thresholds(width: int, device: torch.device) -> Tensor:
     """The u from which each code above 0 is taken: Φ⁻¹(k/2ᵇ), float32 (2ᵇ − 1,).
 
     What lies on one is rounded to the even code; only an exact zero ever does, at 1 bit down and else up.
     """
-    shares = torch.arange(1, 2**width, dtype=torch.float64) / 2**width
-    found = torch.special.ndtri(shares).float()
-    if width == 1:
-        found[0] = _LEAST_POSITIVE
-    return found.to(device)
+    found = torch.special.ndtri(torch.arange(1, 2**width, dtype=torch.float64, device=device) / 2**width).float()
+    return found.clamp_min(_LEAST_POSITIVE) if width == 1 else found
 
 
 def multiply(
@@ -108,7 +104,8 @@ def multiply(
     grid = (triton.cdiv(tokens, tile), triton.cdiv(rows, 64))
     stored = (planes, weight.codes, scale.float(), weight.scales, bias if bias is not None else scale)
     sizes = (tokens, rows, columns, row_bytes, round(2 * zero), round(2 * weight.zero))
-    _multiply[grid](*stored, y, *sizes, bias is not None, width, weight.width, tile, 64, 64)
+    with torch.cuda.device_of(planes):
+        _multiply[grid](*stored, y, *sizes, bias is not None, width, weight.width, tile, 64, 64)
     return y
 
 

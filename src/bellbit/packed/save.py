@@ -66,8 +66,9 @@ def round_unquantized(model: nn.Module, quantized: set[str]) -> None:
     Values that are exact in bfloat16 or float16 stay as they are; others are rounded to float16. Vectors (norms,
     biases) are kept in full. quantized: names of the linears that will be packed.
     """
-    for name, parameter in model.named_parameters():
-        if parameter.ndim < 2 or name.removesuffix(".weight") in quantized:
+    packed = {id(parameter) for name in quantized for parameter in model.get_submodule(name).parameters()}
+    for parameter in model.parameters():
+        if parameter.ndim < 2 or id(parameter) in packed:
             continue
         if narrowest(parameter.data).dtype.itemsize > 2 and bool(parameter.half().isfinite().all()):
             parameter.data.copy_(parameter.half())
