@@ -28,7 +28,7 @@ def make(method, compiled=False):
     """A function that does one step."""
     torch.manual_seed(0)
     specials = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
-    model = AutoModelForCausalLM.from_config(preset("llama-tiny").config(VOCABULARY, specials)).train()
+    model = AutoModelForCausalLM.from_config(preset("llama-tiny").config(VOCABULARY, LENGTH, specials)).train()
     tokens = torch.randint(0, VOCABULARY, (BATCH, LENGTH))
     if method != "none":
         prepare(model, method, method)

@@ -46,7 +46,8 @@ def main() -> None:
         err_console.print(f"[bold red]error:[/] {_escape(str(error))}", soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:
-        err_console.print("interrupted; nothing was written")
+        left = "--resume goes on from the last checkpoint" if "pretrain" in arguments else "nothing was written"
+        err_console.print(f"interrupted; {left}")
         sys.exit(130)
     except Exception as error:
         if debug:
@@ -184,8 +185,10 @@ def pretrain(
     recipe: Annotated[Path | None, typer.Option(help="YAML file of these options; options given here win.")] = None,
     preset: Annotated[str | None, typer.Option(help="llama-tiny, llama-95m … llama-800m, gpt-95m …")] = None,
     model: Annotated[str | None, typer.Option(help="A transformers config.json instead of a preset.")] = None,
-    weights: Annotated[str | None, typer.Option(help="METHOD:BITS: bbq, bbq-fast, quest, lsq, seq, n2uq.")] = None,
-    activations: Annotated[str | None, typer.Option(help="The same for the inputs of linears.")] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="METHOD:BITS: bbq, bbq-fast, quest, lsq, seq, n2uq; or none.")
+    ] = None,
+    activations: Annotated[str | None, typer.Option(help="The same for the inputs of linears, and nf.")] = None,
     data: Annotated[str | None, typer.Option(help="Text: wiki-sample, wikitext2, c4 or a path.")] = None,
     tokenizer: Annotated[str | None, typer.Option(help="A model's, or train:N for N byte pairs of the text.")] = None,
     tokens: Annotated[str | None, typer.Option(help="Tokens seen in all, as 2M or 3B.")] = None,
@@ -231,9 +234,10 @@ def pretrain(
         "save_every": save_every,
         "report_to": report_to,
     }
-    chosen = (read_recipe(recipe) if recipe else {}) | {
-        name: value for name, value in given.items() if value is not None
-    }
+    chosen = read_recipe(recipe) if recipe else {}
+    if (preset is None) != (model is None):  # one of the two, in the place of the recipe's
+        chosen |= {"preset": None, "model": None}
+    chosen |= {name: value for name, value in given.items() if value is not None}
     if chosen.get("model"):
         chosen.setdefault("preset", None)
     settings = Settings(**chosen)
@@ -243,15 +247,16 @@ def pretrain(
         f"the checkpoint goes to {out}, the run's state to {out}.training."
     )
     with report.progress_bar(err_console) as progress:
-        result = run(
-            out, settings, resume=resume, overwrite=overwrite, report=lambda share: progress(share, "training")
-        )
+        result = run(out, settings, resume=resume, overwrite=overwrite, report=progress)
+    if not result.main:
+        return
     if as_json:
         _print_json(result.to_dict())
         return
     rows = [
         ["steps", str(result.steps)],
         ["tokens seen", f"{result.tokens:,}"],
+        ["passes over the text", f"{result.passes:.2f}"],
         ["loss at the end", f"{result.loss:.3f}"],
         ["bits per quantized weight, all that is stored", f"{result.bits_per_weight:.3f}"],
         ["entropy of the weights' codes, bits", f"{result.entropy:.3f}"],

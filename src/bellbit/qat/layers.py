@@ -36,7 +36,7 @@ class QuantLinear(nn.Linear):
 
 
 def prepare(
-    model: nn.Module, weights: str = "bbq:2", activations: str = "bbq:2", skip: Iterable[str] = ("lm_head",)
+    model: nn.Module, weights: str = "bbq:2", activations: str = "bbq:2", skip: str | Iterable[str] = ("lm_head",)
 ) -> nn.Module:
     """Make every nn.Linear of a model a QuantLinear, in place; train it with anything, then `convert`.
 
@@ -44,7 +44,7 @@ def prepare(
     `*.mlp.*`, that stay as they are; the default is what transformers calls the head.
     Raises BellbitError for an unknown quantizer, or if no linear layer is left.
     """
-    patterns = tuple(skip)
+    patterns = (skip,) if isinstance(skip, str) else tuple(skip)
     for spec in (weights, activations):
         parse(spec)  # a mistake in either is told before anything changes
     chosen = [
@@ -68,6 +68,8 @@ def convert(model: nn.Module) -> nn.Module:
 
     Raises BellbitError if a weight's quantizer has no codes on a grid (none, nf), or has not seen a batch yet.
     """
+    if isinstance(model, QuantLinear):
+        raise BellbitError("a layer by itself cannot be replaced in place; give the module that holds it")
     layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
     if not layers:
         raise BellbitError("there is nothing to convert: the model has no QuantLinear, see bellbit.qat.prepare")

@@ -28,8 +28,8 @@ class Preset:
     batch: int = 512
     rows: int | None = PAPER_ROWS
 
-    def config(self, vocabulary: int, specials: dict[str, int | None]) -> Any:
-        """The transformers config. specials: bos_token_id and the like."""
+    def config(self, vocabulary: int, length: int, specials: dict[str, int | None]) -> Any:
+        """The transformers config. length: of the longest sequence. specials: bos_token_id and the like."""
         from transformers.models.llama import LlamaConfig
         from transformers.models.opt import OPTConfig
 
@@ -41,7 +41,7 @@ class Preset:
             "hidden_size": self.width,
             "num_hidden_layers": self.layers,
             "num_attention_heads": self.heads,
-            "max_position_embeddings": self.seq_len,
+            "max_position_embeddings": length,
             "tie_word_embeddings": False,
             **specials,
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -39,11 +40,12 @@ def make_tokenizer(spec: str, corpus: Corpus) -> Any:
 def packed_sequences(corpus: Corpus, tokenizer: Any, seq_len: int, at_least: int, folder: Path) -> Any:
     """Every document's tokens behind a BOS, one document after the other, cut into sequences of `seq_len`.
 
-    Returns a memory-mapped data set in `folder` with the columns input_ids and labels, one row per sequence.
+    Returns a memory-mapped data set with the column input_ids, one row per sequence; it lies in `folder`, and is taken
+    from there if it does already.
     Raises BellbitError if there are fewer than `at_least` sequences, which is one batch.
     """
     try:
-        from datasets import Dataset, Features, List, Value
+        from datasets import Dataset, Features, List, Value, load_from_disk
         from datasets.utils.logging import disable_progress_bar
     except ImportError:
         raise BellbitError("training keeps its text in `datasets`: pip install 'bellbit[train]'") from None
@@ -55,13 +57,21 @@ def packed_sequences(corpus: Corpus, tokenizer: Any, seq_len: int, at_least: int
             encoded = tokenizer(corpus.documents[start : start + 1000], add_special_tokens=False, verbose=False)
             for tokens in encoded["input_ids"]:
                 rest += [tokenizer.bos_token_id, *tokens]
-                while len(rest) >= seq_len:
-                    yield {"input_ids": rest[:seq_len]}
-                    rest = rest[seq_len:]
+            whole = len(rest) // seq_len * seq_len
+            for first in range(0, whole, seq_len):
+                yield {"input_ids": rest[first : first + seq_len]}
+            rest = rest[whole:]
 
     if tokenizer.bos_token_id is None:
         raise BellbitError("the tokenizer has no beginning-of-sequence token to put in front of documents")
-    data = Dataset.from_generator(rows, features=Features({"input_ids": List(Value("int32"))}), cache_dir=str(folder))
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as beside:
+            features = Features({"input_ids": List(Value("int32"))})
+            made = Dataset.from_generator(rows, features=features, cache_dir=f"{beside}/cache")
+            made.save_to_disk(f"{beside}/text")
+            Path(f"{beside}/text").replace(folder)
+    data = load_from_disk(str(folder))
     if len(data) < at_least:
         raise BellbitError(
             f"{corpus.name} has {len(data)} sequences of {seq_len} tokens, too few for one batch of {at_least}; "

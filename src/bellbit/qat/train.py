@@ -14,24 +14,34 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from bellbit.data import load_corpus
 from bellbit.errors import BellbitError
-from bellbit.loading import load_config, locate, quiet
+from bellbit.loading import check_length, quiet
 from bellbit.packed.linear import packed_linears
 from bellbit.packed.save import check_output, quantization_config, round_unquantized, save_checkpoint
 from bellbit.packed.tensor import mean_over_weights
 from bellbit.qat.layers import QuantLinear, code_entropy, convert, prepare
 from bellbit.qat.presets import preset as find_preset
-from bellbit.qat.settings import Settings, keep, processes, resolve
+from bellbit.qat.settings import Settings, check_tracker, keep, processes, resolve
 from bellbit.qat.text import make_tokenizer, packed_sequences
+
+Report = Callable[[float, str], None]
 
 WARM_UP, START, END = 0.1, 0.01, 0.1  # share of steps; learning rate at the first and the last step, of the largest
 
 
+class Diverged(BellbitError):
+    """Training, of this model with these settings, led to numbers that are not finite."""
+
+
 @dataclass(frozen=True)
 class Trained:
-    """A model at its last step. loss: of the last step logged. entropy: mean bits of the weights' codes."""
+    """A model at its last step. loss: of the last step logged. entropy: mean bits of the weights' codes.
+
+    passes: how often each sequence of the text was seen.
+    """
 
     model: Any
     tokenizer: Any
@@ -40,6 +50,7 @@ class Trained:
     steps: int
     loss: float
     entropy: float
+    passes: float
     seconds: float
 
     @property
@@ -50,7 +61,10 @@ class Trained:
 
 @dataclass(frozen=True)
 class Result:
-    """What `pretrain` came to; fields as of `Trained`. bits_per_weight: stored, of the quantized weights."""
+    """What `pretrain` came to; fields as of `Trained`. bits_per_weight: stored, of the quantized weights.
+
+    main: whether this is the process that wrote the checkpoint, and alone knows its bits.
+    """
 
     out: Path
     steps: int
@@ -59,6 +73,8 @@ class Result:
     seconds: float
     bits_per_weight: float
     entropy: float
+    passes: float
+    main: bool
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"out": str(self.out)}
@@ -70,11 +86,11 @@ def pretrain(
     *,
     resume: bool = False,
     overwrite: bool = False,
-    report: Callable[[float], None] = lambda share: None,
+    report: Report = lambda share, text: None,
 ) -> Result:
     """Train a model from its first step and save it packed as `out`; its training state lies beside, in `out`.training.
 
-    resume: go on from there. report: told the share of steps done.
+    resume: go on from there. report: told the share of steps done, and what is going on.
     Raises BellbitError for settings that are not possible or differ from those of the run to resume, too little text,
     or a loss that is no number.
     """
@@ -84,6 +100,8 @@ def pretrain(
     bits = 16.0
     if processes().is_main_process:
         model = trained.model
+        if strange := _not_finite(model, {"input_ids": trained.probe[None]}):
+            raise Diverged(f"after the last step {strange} is not finite; nothing was written. A smaller --lr may help")
         round_unquantized(model, {name for name, module in model.named_modules() if isinstance(module, QuantLinear)})
         config = None
         if settings.weights != "none":
@@ -92,7 +110,8 @@ def pretrain(
             provenance = {"pretraining": asdict(trained.settings)}
             config = quantization_config(model, settings.weights, "token", 16, provenance)
         save_checkpoint(model, trained.tokenizer, config, target, overwrite, trained.probe)
-    return Result(target, trained.steps, trained.tokens, trained.loss, trained.seconds, bits, trained.entropy)
+    values = {name: getattr(trained, name) for name in ("steps", "tokens", "loss", "seconds", "entropy", "passes")}
+    return Result(target, **values, bits_per_weight=bits, main=processes().is_main_process)
 
 
 def _check_storable(settings: Settings) -> None:
@@ -105,7 +124,7 @@ def _check_storable(settings: Settings) -> None:
 
 
 def train(
-    state: Path, settings: Settings, *, resume: bool = False, report: Callable[[float], None] = lambda share: None
+    state: Path, settings: Settings, *, resume: bool = False, report: Report = lambda share, text: None
 ) -> Trained:
     """The training alone, its state in the folder `state`; arguments and errors as of `pretrain`."""
     quiet()
@@ -118,6 +137,7 @@ def train(
         corpus = load_corpus(settings.data, "train")
         tokenizer = _tokenizer(state, settings, corpus)
         data = packed_sequences(corpus, tokenizer, settings.length, settings.sequences, state / "text")
+    data = data.select(range(len(data) // settings.sequences * settings.sequences))  # a pass is whole steps
     transformers.set_seed(settings.seed)
     model = _model(settings, tokenizer)
     trainer = _trainer(model, data, settings, state, steps, report)
@@ -140,6 +160,7 @@ def train(
         steps,
         losses[-1] if losses else math.nan,
         measures.get("code_entropy", math.nan),
+        steps * settings.sequences / len(data),
         seconds,
     )
 
@@ -169,13 +190,18 @@ def _tokenizer(state: Path, settings: Settings, corpus: Any) -> Any:
 
 def _model(settings: Settings, tokenizer: Any) -> Any:
     """Random weights: normal, σ = .02, and .02/√(2·layers) where a block adds to the residual stream; quantizers."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     specials = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     if settings.preset is not None:
-        config = find_preset(settings.preset).config(len(tokenizer), specials)
+        config = find_preset(settings.preset).config(len(tokenizer), settings.length, specials)
     else:
-        config = load_config(locate(str(Path(str(settings.model)).parent)))
+        config = AutoConfig.from_pretrained(str(settings.model))
+        check_length(config, settings.length)
+    if len(tokenizer) > config.vocab_size:
+        raise BellbitError(
+            f"the tokenizer has {len(tokenizer)} tokens, the model only {config.vocab_size} rows for them"
+        )
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for name, module in model.named_modules():
@@ -209,23 +235,29 @@ def one_cycle(step: int, steps: int) -> float:
     return END + (1 - END) * (1 + math.cos(math.pi * share)) / 2
 
 
-def _trainer(
-    model: Any, data: Any, settings: Settings, state: Path, steps: int, report: Callable[[float], None]
-) -> Any:
+def _trainer(model: Any, data: Any, settings: Settings, state: Path, steps: int, report: Report) -> Any:
     from transformers import Trainer, TrainerCallback, TrainingArguments
     from transformers.trainer_callback import PrinterCallback
 
     class Reporting(TrainerCallback):  # type: ignore[misc]
+        text = "training"
+
+        def on_log(self, args: Any, training: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
+            self.text = f"training, loss {logs['loss']:.3f}" if "loss" in logs else self.text
+
         def on_step_end(self, args: Any, training: Any, control: Any, **_: Any) -> None:
-            report(training.global_step / steps)
+            report(training.global_step / steps, self.text)
 
     class Checked(Trainer):  # type: ignore[misc]
         def training_step(self, network: Any, inputs: Any, *rest: Any, **named: Any) -> Tensor:
+            """Stops before a step that would ruin the weights, so that no checkpoint holds them ruined."""
             loss: Tensor = super().training_step(network, inputs, *rest, **named)
-            if not bool(loss.isfinite()):
-                raise BellbitError(
-                    f"the loss is {float(loss)} after step {self.state.global_step}, first in {_culprit(network)}; the "
-                    f"last checkpoint in {state} is whole. A smaller --lr may help"
+            whole = loss.isfinite() & (not self.accelerator.sync_gradients or _gradients_finite(network))
+            if not bool(whole):
+                where = _not_finite(network, inputs) or _not_finite_gradient(network)
+                raise Diverged(
+                    f"training diverged after step {self.state.global_step}: the loss is {float(loss)}, and {where} is "
+                    f"not finite; the last checkpoint in {state} is whole. A smaller --lr may help"
                 )
             return loss
 
@@ -250,11 +282,12 @@ def _trainer(
                 measures = _measures(model) if "loss" in logs else {}
             super().log(logs | measures, *rest, **named)
 
+    check_tracker(settings.report_to)
     arguments = TrainingArguments(
         output_dir=str(state),
         max_steps=steps,
-        per_device_train_batch_size=settings.micro_batch,
-        gradient_accumulation_steps=_accumulation(settings),
+        per_device_train_batch_size=settings.at_once,
+        gradient_accumulation_steps=settings.sequences // (settings.at_once * processes().num_processes),
         max_grad_norm=settings.clip,
         bf16=settings.bf16,
         torch_compile=settings.compile,
@@ -271,6 +304,9 @@ def _trainer(
         use_cpu=not torch.cuda.is_available(),
     )
 
+    # one process drives one device, however many there are: DataParallel would throw away what quantizers learn first
+    arguments._n_gpu = min(1, arguments.n_gpu)
+
     def collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         tokens = torch.stack([row["input_ids"] for row in rows]).long()
         return {"input_ids": tokens, "labels": tokens}
@@ -278,11 +314,6 @@ def _trainer(
     trainer = Checked(model, arguments, collate, data, callbacks=[Reporting()])
     trainer.remove_callback(PrinterCallback)
     return trainer
-
-
-def _accumulation(settings: Settings) -> int:
-    """Micro-batches that one process sees per step."""
-    return (settings.batch or 0) // (settings.micro_batch * processes().num_processes)
 
 
 def _last_checkpoint(state: Path) -> Path | None:
@@ -322,11 +353,39 @@ def _measures(model: nn.Module) -> dict[str, float]:
     return {name: sum(values) / len(values) for name, values in found.items() if values}
 
 
-def _culprit(network: nn.Module) -> str:
-    """The first parameter that is not finite, or whose gradient is not."""
-    for what in ("", "the gradient of "):
-        for name, parameter in network.named_parameters():
-            values = parameter.grad if what else parameter
-            if values is not None and not bool(values.isfinite().all()):
-                return what + name
-    return "the loss itself"
+@torch.no_grad()
+def _not_finite(network: nn.Module, inputs: dict[str, Tensor]) -> str | None:
+    """The first module, in the order of computation, whose output is not finite on these inputs; None if all are."""
+    found: list[str] = []
+
+    def look(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, _: Any, output: Any) -> None:
+            if not found and isinstance(output, Tensor) and not bool(output.isfinite().all()):
+                found.append(f"what {name} gives")
+
+        return hook
+
+    hooks = [module.register_forward_hook(look(name)) for name, module in network.named_modules() if name]
+    try:
+        network(input_ids=inputs["input_ids"])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found[0] if found else None
+
+
+def _gradients_finite(network: nn.Module) -> bool:
+    """Whether all gradients are; of a sharded model, the shards of this process."""
+    gradients = [_local(p.grad) for p in network.parameters() if p.grad is not None]
+    return bool(torch.stack([norm.float() for norm in torch._foreach_norm(gradients)]).isfinite().all())
+
+
+def _not_finite_gradient(network: nn.Module) -> str:
+    """The last that is not: gradients are computed from the end, and break from there to the beginning."""
+    gradients = [(name, p.grad) for name, p in network.named_parameters() if p.grad is not None]
+    broken = [name for name, gradient in gradients if not bool(_local(gradient).isfinite().all())]
+    return f"the gradient of {broken[-1]}" if broken else "the loss"
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
