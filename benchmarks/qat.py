@@ -3,7 +3,8 @@
 5 decoder blocks of width 128 (1.07 million parameters besides embedding and head), 3072 byte pairs learned from the
 text, 1024 steps of 8 × 256 tokens, weights and activations quantized alike, one seed for all. Text: the train part of
 wiki-sample, the Free On-line Dictionary of Computing and the Jargon File (Debian's packages dict-foldoc and
-dict-jargon); perplexity on the test part of wiki-sample. Hours on two cores: a run is resumed where it stopped, a
+dict-jargon); perplexity on the test part of wiki-sample, 8 windows at a time as in training (BBQ's rms is of all
+tokens that meet). Hours on two cores: a run is resumed where it stopped, a
 result is kept as it comes, and a second start goes on from there.
 """
 
@@ -19,6 +20,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from threading import Lock
 
 import torch
 from transformers.models.llama import LlamaConfig
@@ -26,17 +28,24 @@ from transformers.models.llama import LlamaConfig
 from bellbit.core import bellbox
 from bellbit.core.baselines import scaled_gradient
 from bellbit.data import evaluation_windows, load_corpus
-from bellbit.errors import BellbitError
 from bellbit.evaluate import perplexity
 from bellbit.fetch import cache_dir
 from bellbit.kernels import rotate
 from bellbit.qat.settings import Settings
-from bellbit.qat.train import train
+from bellbit.qat.train import Diverged, train
 from bellbit.quantizers import METHODS
 from common import note, parser, row, show
 
 PACKAGES = {"foldoc": "dict-foldoc=20230119-1", "jargon": "dict-jargon=4.4.7-3.1"}
 VOCABULARY, LENGTH, BATCH, STEPS, LR = 3072, 256, 8, 1024, 2e-3
+CONDITIONS = {
+    "vocabulary": VOCABULARY,
+    "length": LENGTH,
+    "batch": BATCH,
+    "steps": STEPS,
+    "lr": LR,
+    "packages": PACKAGES,
+}
 COMPARED = ("bbq", "quest", "lsq")
 OTHERS = ("bbq-fast", "seq", "n2uq", "nf")
 ENTROPIES = {2: 1.95, 4: 3.9}  # the least that BBQ's weights must have, bits
@@ -138,7 +147,7 @@ def run(folder, spec, seed):
     state = folder / f"{spec}-{seed}".replace(":", "-")
     try:
         trained = train(state, settings, resume=True)
-    except BellbitError as error:
+    except Diverged as error:
         return {"diverged": str(error)}
     windows = evaluation_windows(load_corpus("wiki-sample", "test"), trained.tokenizer, LENGTH)
     found = {"perplexity": perplexity(trained.model, windows).perplexity, "loss": trained.loss}
@@ -156,20 +165,25 @@ def run_apart(folder, spec, seed):
 
 
 def measure(folder, results_file, wanted, seed, jobs):
-    """Fill in what the results file lacks, several runs beside one another."""
-    results = json.loads(results_file.read_text()) if results_file.exists() else {}
-    of_seed = results.setdefault(str(seed), {})
+    """Fill in what the results file lacks, {"conditions": …, "seeds": {seed: {run: result}}}, some runs at a time."""
+    results = json.loads(results_file.read_text()) if results_file.exists() else {"conditions": CONDITIONS, "seeds": {}}
+    if results["conditions"] != CONDITIONS:
+        raise SystemExit(f"{results_file} was measured with {results['conditions']}; move it away to measure anew")
+    of_seed = results["seeds"].setdefault(str(seed), {})
+    lock = Lock()
 
     def one(spec):
         note(f"training {spec}, seed {seed}")
-        of_seed[spec] = run_apart(folder, spec, seed)
-        note(f"{spec}, seed {seed}: {of_seed[spec]}")
-        results_file.parent.mkdir(parents=True, exist_ok=True)
-        results_file.write_text(json.dumps(results, indent=2) + "\n")
+        found = run_apart(folder, spec, seed)
+        note(f"{spec}, seed {seed}: {found}")
+        with lock:
+            of_seed[spec] = found
+            results_file.parent.mkdir(parents=True, exist_ok=True)
+            results_file.write_text(json.dumps(results, indent=2) + "\n")
 
     with ThreadPoolExecutor(jobs) as pool:
         list(pool.map(one, [spec for spec in wanted if spec not in of_seed]))
-    return results
+    return results["seeds"]
 
 
 def cell(found, spec):
@@ -187,7 +201,8 @@ def table(found):
     for width in (4, 3, 2, 1):
         lines.append(f"| {width} | " + " | ".join(cell(found, f"{m}:{width}") or "–" for m in methods) + " |")
     ablations = [f"{name} {cell(found, f'{name}:2')}" for name in ABLATIONS if f"{name}:2" in found]
-    return "\n".join([*lines, "", f"none: {found['none']['perplexity']:.1f}" if "none" in found else "", *ablations])
+    plain = found.get("none", {}).get("perplexity")
+    return "\n".join([*lines, "", f"none: {plain:.1f}" if plain else "", *ablations])
 
 
 def draw(found, path):
@@ -219,7 +234,7 @@ def rows_of(found, seed):
     for better, worse in (("bbq", "quest"), ("quest", "lsq")):
         for width in (1, 2, 3, 4):
             a, b = worst.get(f"{better}:{width}"), worst.get(f"{worse}:{width}")
-            if a and b:
+            if a and b and a < float("inf"):
                 rows.append(row(f"seed {seed}: {better}:{width} / {worse}:{width}", a / b, 1, at_most=True))
     for width, least in ENTROPIES.items():
         if f"bbq:{width}" in found:

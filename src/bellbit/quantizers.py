@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from bellbit.core import baselines, bellbox
 from bellbit.errors import BellbitError
@@ -194,8 +195,14 @@ class Quantizer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self._ready:
             self._start(x)
-        if self.rules.bell:  # casts as it needs
+        if self.rules.bell:  # has a backward of its own
             return self.rules.apply(self, x)
+        if not torch.is_grad_enabled():
+            return self._composed(x)
+        # kept for backward is x alone, not the up to 21 bytes an element of the formula's chain
+        return checkpoint(self._composed, x, use_reentrant=False, preserve_rng_state=False)
+
+    def _composed(self, x: Tensor) -> Tensor:
         return self.rules.apply(self, x.float()).to(x.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Quantizer:
@@ -258,6 +265,15 @@ def parse(spec: str) -> tuple[str, int] | None:
             f"{name} is not defined at {bits or 'no'} bits; give {name}:{method.widths[0]} … {name}:{method.widths[-1]}"
         )
     return name, int(bits)
+
+
+def input_tensors(spec: str) -> Shapes:
+    """What a quantizer of activations holds in evaluation, float32, by name. Raises BellbitError, see `parse`."""
+    found = parse(spec)
+    if found is None:
+        return {}
+    name, width = found
+    return METHODS[name].shapes(width, None) | METHODS[name].fixed(width, None)
 
 
 def quantizer(spec: str, channels: int | None = None) -> nn.Module:

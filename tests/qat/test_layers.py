@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.models.llama import LlamaConfig
 
@@ -40,10 +41,10 @@ def test_converted_gives_what_was_trained(weights, activations):
     assert converted[0].packed.bits_per_weight == bits + 32 / 200
 
 
-def network(seed):
+def network(seed, weights="bbq:2", activations="bbq-fast:3"):
     torch.manual_seed(seed)
     model = torch.nn.Sequential(torch.nn.Linear(40, 24), torch.nn.ReLU(), torch.nn.Linear(24, 7))
-    return prepare(model, "bbq:2", "bbq-fast:3")
+    return prepare(model, weights, activations)
 
 
 def steps(model, inputs):
@@ -66,10 +67,11 @@ def test_state_goes_on_from_a_state_dict():
     assert all(torch.equal(values, actual[name]) for name, values in whole.state_dict().items())
 
 
-def test_compiled_training_is_eager_training():
+@pytest.mark.parametrize("quantizers", [("bbq:2", "bbq-fast:3"), ("quest:2", "lsq:2"), ("seq:2", "n2uq:2")])
+def test_compiled_training_is_eager_training(quantizers):
     inputs = torch.randn(4, 5, 40, generator=torch.Generator().manual_seed(0))
-    expected = steps(network(0), inputs).state_dict()
-    model = network(0)
+    expected = steps(network(0, *quantizers), inputs).state_dict()
+    model = network(0, *quantizers)
     steps(torch.compile(model, backend="aot_eager"), inputs)
     for name, values in model.state_dict().items():
         torch.testing.assert_close(values, expected[name], rtol=1e-5, atol=1e-6)  # measured 0
@@ -92,6 +94,11 @@ def test_a_converted_model_survives_the_file(tmp_path):
         assert len(packed_linears(loaded)) == 14
         error = float((loaded(tokens).logits - expected).abs().max() / expected.abs().max())
     assert error <= 1e-6  # measured 0
+    name = "model.layers.0.self_attn.q_proj.input_quantizer.gamma"
+    stored = load_file(tmp_path / "model.safetensors")
+    save_file(stored | {name: stored[name].half()}, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(BellbitError, match=rf"{name}' is F16 \(1,\), but config.json makes it F32"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
 def test_the_head_and_what_is_named_stay(tmp_path):

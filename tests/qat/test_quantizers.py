@@ -33,6 +33,22 @@ def test_zeros_and_large_numbers_in_any_float(spec, channels, dtype):
             assert all(bool(p.grad.isfinite().all()) for p in module.parameters())
 
 
+@pytest.mark.parametrize("spec", SPECS)
+def test_little_is_kept_for_backward(spec):
+    """Of an activation at most a byte an element besides itself."""
+    x, kept = torch.randn(64, 256, requires_grad=True), {}
+
+    def keep(tensor):
+        kept[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    module = quantizer(spec)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        module(x).sum().backward()
+    kept.pop(x.data_ptr(), None)
+    assert sum(kept.values()) <= x.numel() + 512  # of parameters and scalars
+
+
 def model_of(weights, activations):
     torch.manual_seed(0)
     model = prepare(torch.nn.Sequential(torch.nn.Linear(40, 24), torch.nn.Linear(24, 7)), weights, activations)

@@ -22,7 +22,7 @@ from bellbit.core.activations import ACTIVATION_BITS, Scope
 from bellbit.errors import BellbitError
 from bellbit.packed.layouts import LAYOUTS
 from bellbit.packed.tensor import PackedTensor
-from bellbit.quantizers import parse
+from bellbit.quantizers import input_tensors, parse
 
 FORMAT_VERSION = 2
 MAX_SHARD_SIZE = "4GB"
@@ -101,17 +101,22 @@ def read_headers(files: Iterable[Path]) -> dict[str, StoredTensor]:
 
 def check_packed(stored: Mapping[str, StoredTensor], quantization: Mapping[str, Any]) -> None:
     """Raise BellbitError naming the first tensor that the `quantization_config` calls for and `stored` has not."""
+    inputs = {
+        f"input_quantizer.{field}": (torch.float32, shape)
+        for field, shape in input_tensors(quantization.get("input_rule", "none")).items()
+    }
     for module in quantization["modules"]:
         layout, shape, options = module_layout(quantization, module)
-        for field, spec in layout.spec(shape, options).items():
+        weight = {field: (spec.dtype, spec.shape) for field, spec in layout.spec(shape, options).items()}
+        for field, (dtype, wanted) in (weight | inputs).items():
             name = f"{module}.{field}"
             tensor = stored.get(name)
             if tensor is None:
                 raise BellbitError(f"the checkpoint lacks the tensor {name!r}")
-            if (tensor.dtype, tensor.shape) != (_DTYPE_NAMES[spec.dtype], spec.shape):
+            if (tensor.dtype, tensor.shape) != (_DTYPE_NAMES[dtype], wanted):
                 raise BellbitError(
                     f"tensor {name!r} is {tensor.dtype} {tensor.shape}, but config.json makes it "
-                    f"{_DTYPE_NAMES[spec.dtype]} {spec.shape}"
+                    f"{_DTYPE_NAMES[dtype]} {wanted}"
                 )
 
 
