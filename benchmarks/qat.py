@@ -221,7 +221,8 @@ def draw(found, path):
     if "none" in found:
         axis.axhline(found["none"]["perplexity"], color="#7f8c8d", linestyle="--", label="not quantized")
     axis.set(xlabel="bits of weights and activations", ylabel="perplexity", yscale="log", xticks=(1, 2, 3, 4))
-    axis.yaxis.set_minor_formatter(axis.yaxis.get_major_formatter())
+    for numbers in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+        numbers("{x:.0f}")
     axis.legend(fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)

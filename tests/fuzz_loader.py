@@ -17,6 +17,7 @@ from bellbit.errors import BellbitError
 from bellbit.loading import load_model, locate
 from bellbit.packed.checkpoint import write_shards
 from bellbit.packed.linear import PackedLinear
+from bellbit.packed.plain import NormalFloat
 from bellbit.packed.planes import Bellbox
 from bellbit.packed.save import quantization_config, stored_tensors
 
@@ -49,7 +50,7 @@ def make_checkpoint(folder):
         lambda w: quantize_weight(w, None, "sign"),
         lambda w: Bellbox.pack(torch.randint(0, 8, w.shape, dtype=torch.uint8), torch.rand(len(w)), 3, half=False),
         lambda w: quantize_weight(w, None, "rtn", bits=2),
-        lambda w: quantize_weight(w, None, metric="magnitude", compensate=False),
+        lambda w: NormalFloat.pack(torch.randint(0, 8, w.shape, dtype=torch.uint8), torch.rand(len(w)), 3),
     ]
     names = {module: name for name, module in model.named_modules()}
     for linear, make in zip(weights, makers, strict=True):

@@ -186,9 +186,9 @@ def pretrain(
     preset: Annotated[str | None, typer.Option(help="llama-tiny, llama-95m … llama-800m, gpt-95m …")] = None,
     model: Annotated[str | None, typer.Option(help="A transformers config.json instead of a preset.")] = None,
     weights: Annotated[
-        str | None, typer.Option(help="METHOD:BITS: bbq, bbq-fast, quest, lsq, seq, n2uq; or none.")
+        str | None, typer.Option(help="METHOD:BITS: bbq, bbq-fast, quest, lsq, seq, n2uq, nf; or none.")
     ] = None,
-    activations: Annotated[str | None, typer.Option(help="The same for the inputs of linears, and nf.")] = None,
+    activations: Annotated[str | None, typer.Option(help="The same for the inputs of linears.")] = None,
     data: Annotated[str | None, typer.Option(help="Text: wiki-sample, wikitext2, c4 or a path.")] = None,
     tokenizer: Annotated[str | None, typer.Option(help="A model's, or train:N for N byte pairs of the text.")] = None,
     tokens: Annotated[str | None, typer.Option(help="Tokens seen in all, as 2M or 3B.")] = None,

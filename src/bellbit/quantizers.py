@@ -28,7 +28,7 @@ class Method:
     shapes: (width, channels) to the learned parameters, fixed: to tensors that are set once and kept.
     start: (x, width, channels) to the values of both at the first forward. apply: (quantizer, x) to the output.
     codes: (quantizer, weight), rotated if it rotates, to codes 0 … 2ᵇ − 1; None if they are not known.
-    spacing: likewise to the distance of two levels, (rows, 1) or (); None if the levels are on no grid.
+    spacing: likewise to the distance of two levels, (rows, 1) or (); None for NF's levels, which are on no grid.
     zero: (width) to what is subtracted from a code before the spacing multiplies it. bell: whether it is BBQ.
     """
 

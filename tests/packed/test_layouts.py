@@ -11,6 +11,7 @@ from bellbit.errors import BellbitError
 from bellbit.packed.bits import pack_bits, packed_width, unpack_bits
 from bellbit.packed.codebook2 import Codebook2, from_shared_exponent, round_scales, shared_exponent
 from bellbit.packed.layouts import LAYOUTS
+from bellbit.packed.plain import Float16, NormalFloat
 from bellbit.packed.planes import Bellbox, Sign128, Uniform
 
 
@@ -102,6 +103,17 @@ def test_scales_of_zero_survive_eight_bits():
 def test_a_scale_too_large_for_float16_is_refused():
     with pytest.raises(BellbitError, match=r"does not fit float16.*--scale-bits 8"):
         round_scales(torch.full((1, 7), 1e5), 16)
+
+
+def test_golden_bytes_of_nf_and_float16():
+    packed = NormalFloat.pack(torch.tensor([[0, 1, 2, 3]], dtype=torch.uint8), torch.tensor([2.0]), 2)
+    assert packed.codes.tolist() == [[[0b1010]], [[0b1100]]] and packed.scales.tolist() == [2.0]
+    assert packed.dequantize()[0].tolist() == pytest.approx([-2.0, 0.0, 0.8716, 2.0], abs=1e-4)
+    assert packed.bits == pytest.approx({"codes": 4, "scales": 8}) and packed.nominal_bits == 2  # 4 columns take a byte
+    plain = Float16.pack(torch.tensor([[1.0, -0.5]]))
+    assert plain.values.view(torch.uint8).tolist() == [[0x00, 0x3C, 0x00, 0xB8]] and plain.bits == {"codes": 16}
+    with pytest.raises(BellbitError, match="does not fit float16"):
+        Float16.pack(torch.tensor([[1e5]]))
 
 
 def test_golden_bytes_of_codebook2():

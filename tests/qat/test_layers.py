@@ -28,7 +28,7 @@ def trained(weights, activations, columns=200):
 
 
 @pytest.mark.parametrize("activations", ["bbq:2", "none", "lsq:3", "bbq-fast:4", "n2uq:2", "nf:3", "quest:1"])
-@pytest.mark.parametrize("weights", ["bbq:1", "bbq:3", "quest:3", "lsq:2", "seq:1", "seq:4", "n2uq:3"])
+@pytest.mark.parametrize("weights", ["bbq:1", "bbq:3", "quest:3", "lsq:2", "seq:1", "seq:4", "n2uq:3", "nf:3"])
 def test_converted_gives_what_was_trained(weights, activations):
     model, x = trained(weights, activations), torch.randn(5, 200)
     with torch.no_grad():
@@ -101,6 +101,17 @@ def test_a_converted_model_survives_the_file(tmp_path):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("activations", ["bbq:2", "lsq:3", "none"])
+def test_weights_that_are_not_quantized_take_16_bits(activations):
+    model, x = trained("none", activations), torch.randn(5, 200)
+    for layer in (model[0], model[2]):
+        layer.weight.data.copy_(layer.weight.half())
+    with torch.no_grad():
+        expected = model(x)
+        error = float((convert(model)(x) - expected).abs().max() / expected.abs().max())
+    assert error <= TOLERANCE and model[0].packed.bits_per_weight == 16
+
+
 def test_the_head_and_what_is_named_stay(tmp_path):
     model = AutoModelForCausalLM.from_config(LlamaConfig(**LLAMA_LIKE))
     prepare(model, skip=("lm_head", "*.down_proj"))
@@ -129,13 +140,11 @@ def test_what_is_not_defined_is_refused(spec, message):
 
 
 def test_what_cannot_be_packed_says_why():
-    with pytest.raises(BellbitError, match="its weight is not quantized"):
-        convert(trained("none", "bbq:2"))
-    with pytest.raises(BellbitError, match="quantized by nf, which has no grid"):
-        convert(trained("nf:3", "bbq:2"))
-    with pytest.raises(BellbitError, match="has seen no batch yet"):
+    with pytest.raises(BellbitError, match="have seen no batch yet"):
         convert(prepare(torch.nn.Sequential(torch.nn.Linear(3, 3))))
     with pytest.raises(BellbitError, match="nothing to convert"):
         convert(torch.nn.Sequential(torch.nn.Linear(3, 3)))
+    with pytest.raises(BellbitError, match="give the module that holds it"):
+        convert(prepare(torch.nn.Linear(3, 3)))
     with pytest.raises(BellbitError, match=r"no nn\.Linear to quantize"):
         prepare(torch.nn.Sequential(torch.nn.ReLU()))

@@ -17,6 +17,8 @@ from transformers.models.llama import LlamaConfig
 
 from bellbit.errors import BellbitError
 from bellbit.evaluate import perplexity
+from bellbit.inspection import inspect
+from bellbit.loading import locate
 from bellbit.packed.linear import packed_linears
 from bellbit.qat import QuantLinear, prepare
 from bellbit.qat.presets import PRESETS, Preset, preset
@@ -122,21 +124,26 @@ def test_autocast_and_compilation_learn_alike(settings, tmp_path, way):
     assert len(packed_linears(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))) == 14
 
 
-@pytest.mark.parametrize(("weights", "bits"), [("none", 16), ("bbq:1", 1)])
-def test_activations_may_stay_as_they_are(settings, tmp_path, weights, bits):
-    short = {"tokens": 2 * 8 * 32, "weights": weights, "activations": "none"}
-    result = pretrain(tmp_path / "out", Settings(**settings | short))
+@pytest.mark.parametrize(
+    ("weights", "activations", "bits"),
+    [("none", "none", 16), ("bbq:1", "none", 1), ("none", "bbq:2", 16), ("nf:3", "nf:4", 3), ("seq:4", "n2uq:2", 4)],
+)
+def test_weights_and_activations_are_chosen_apart(settings, tmp_path, weights, activations, bits):
+    chosen = {"tokens": 2 * 8 * 32, "weights": weights, "activations": activations}
+    result = pretrain(tmp_path / "out", Settings(**settings | chosen))
     assert bits <= result.bits_per_weight < bits + 0.6
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert len(packed_linears(model)) == (0 if weights == "none" else 14)
+    packed = weights != "none" or activations != "none"
+    assert len(packed_linears(model)) == (14 if packed else 0)
+    if packed:
+        seen = inspect(locate(str(tmp_path / "out"))).total("quantized")
+        assert seen.bits_per_weight == pytest.approx(result.bits_per_weight)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"weights": "lsq:1"}, "lsq is not defined at 1 bits"),
-        ({"weights": "nf:3"}, "cannot be saved packed"),
-        ({"weights": "none"}, "weights none with activations bbq:2 cannot be saved packed"),
         ({"preset": "llama-1t", "model": None}, "unknown preset 'llama-1t'; there are llama-tiny"),
         ({"preset": "llama-tiny"}, "give either --preset or --model"),
         ({"lr": -1}, "--lr -1 is not possible"),

@@ -172,14 +172,15 @@ def nf_levels(width: int) -> Tensor:
 
 def nf(x: Tensor, width: int) -> Tensor:
     """The nearest of `nf_levels` times max|x| of the last dimension; the gradient is the identity. At least 2 bits."""
-    return straight(nf_levels(width).to(x)[nf_codes(x, width)] * _nf_maximum(x), x)
+    return straight(nf_levels(width).to(x)[nf_codes(x, width)] * nf_maximum(x), x)
 
 
-def _nf_maximum(x: Tensor) -> Tensor:
+def nf_maximum(x: Tensor) -> Tensor:
+    """(..., 1)."""
     return x.detach().abs().amax(dim=-1, keepdim=True).clamp_min(NF_SMALLEST_MAXIMUM)
 
 
 def nf_codes(x: Tensor, width: int) -> Tensor:
     """0 … 2ᵇ − 1, int64."""
     levels = nf_levels(width).to(x)
-    return torch.bucketize(x.detach() / _nf_maximum(x), (levels[1:] + levels[:-1]) / 2)
+    return torch.bucketize(x.detach() / nf_maximum(x), (levels[1:] + levels[:-1]) / 2)

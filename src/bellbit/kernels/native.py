@@ -51,7 +51,9 @@ def supports(weight: PackedTensor) -> bool:
         return False
     if isinstance(weight, Codebook2):
         return weight.block_size % 16 == 0
-    return not isinstance(weight, Uniform) or weight.group_size == SIGN_BLOCK
+    if isinstance(weight, Uniform):
+        return weight.group_size == SIGN_BLOCK
+    return type(weight) in _ARGUMENTS
 
 
 def linear(

@@ -10,10 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bellbit.core.baselines import nf_maximum
 from bellbit.errors import BellbitError
 from bellbit.kernels import rotate
 from bellbit.packed.linear import PackedLinear
+from bellbit.packed.plain import Float16, NormalFloat
 from bellbit.packed.planes import Bellbox
+from bellbit.packed.tensor import PackedTensor
 from bellbit.quantizers import Quantizer, parse, quantizer, rotates
 
 
@@ -66,7 +69,7 @@ def prepare(
 def convert(model: nn.Module) -> nn.Module:
     """Replace every QuantLinear by a PackedLinear with the codes of its weight, in place; input quantizers stay.
 
-    Raises BellbitError if a weight's quantizer has no codes on a grid (none, nf), or has not seen a batch yet.
+    Raises BellbitError if a quantizer has not seen a batch yet.
     """
     if isinstance(model, QuantLinear):
         raise BellbitError("a layer by itself cannot be replaced in place; give the module that holds it")
@@ -81,22 +84,22 @@ def convert(model: nn.Module) -> nn.Module:
     return model
 
 
-def pack(layer: QuantLinear, name: str = "the layer") -> Bellbox:
-    """The codes that a layer's weight has now.
+def pack(layer: QuantLinear, name: str = "the layer") -> PackedTensor:
+    """What a layer's weight is now: codes on a grid or NF's, or 16 bits if it is not quantized.
 
     Raises BellbitError, see `convert`; `name` is how it calls the layer.
     """
-    rule: Any = layer.weight_quantizer
+    quantizers: list[Any] = [layer.weight_quantizer, layer.input_quantizer]
+    if not all(bool(rule.ready) for rule in quantizers if isinstance(rule, Quantizer)):
+        raise BellbitError(f"{name} cannot be packed: its quantizers have seen no batch yet")
+    weight, rule = _in_domain(layer), quantizers[0]
     if isinstance(rule, nn.Identity):
-        raise BellbitError(f"{name} cannot be packed: its weight is not quantized")
+        return Float16.pack(weight)
+    codes = rule.rules.codes(rule, weight).to(torch.uint8)
     if rule.rules.spacing is None:
-        raise BellbitError(f"{name} cannot be packed: its weight is quantized by {rule.method}, which has no grid")
-    if not bool(rule.ready):
-        raise BellbitError(f"{name} cannot be packed: its quantizer has seen no batch yet")
-    weight = _in_domain(layer)
-    codes, spacing = rule.rules.codes(rule, weight).to(torch.uint8), rule.rules.spacing(rule, weight)
-    half = rule.rules.zero(rule.width) % 1 != 0
-    return Bellbox.pack(codes, spacing.expand(len(weight), 1).squeeze(1).contiguous(), rule.width, half, rotates(rule))
+        return NormalFloat.pack(codes, nf_maximum(weight).squeeze(1), rule.width)
+    spacing = rule.rules.spacing(rule, weight).expand(len(weight), 1).squeeze(1).contiguous()
+    return Bellbox.pack(codes, spacing, rule.width, rule.rules.zero(rule.width) % 1 != 0, rotates(rule))
 
 
 @torch.no_grad()

@@ -94,7 +94,6 @@ def pretrain(
     Raises BellbitError for settings that are not possible or differ from those of the run to resume, too little text,
     or a loss that is no number.
     """
-    _check_storable(settings)
     target = check_output(out, overwrite, "")
     trained = train(target.with_name(target.name + ".training"), settings, resume=resume, report=report)
     bits = 16.0
@@ -104,7 +103,7 @@ def pretrain(
             raise Diverged(f"after the last step {strange} is not finite; nothing was written. A smaller --lr may help")
         round_unquantized(model, {name for name, module in model.named_modules() if isinstance(module, QuantLinear)})
         config = None
-        if settings.weights != "none":
+        if (settings.weights, settings.activations) != ("none", "none"):
             weights = [layer.packed for layer in packed_linears(convert(model)).values()]
             bits = mean_over_weights(weights, lambda packed: packed.bits_per_weight)
             provenance = {"pretraining": asdict(trained.settings)}
@@ -112,15 +111,6 @@ def pretrain(
         save_checkpoint(model, trained.tokenizer, config, target, overwrite, trained.probe)
     values = {name: getattr(trained, name) for name in ("steps", "tokens", "loss", "seconds", "entropy", "passes")}
     return Result(target, **values, bits_per_weight=bits, main=processes().is_main_process)
-
-
-def _check_storable(settings: Settings) -> None:
-    unquantized = settings.weights == "none" and settings.activations != "none"
-    if unquantized or settings.weights.startswith("nf:"):
-        raise BellbitError(
-            f"weights {settings.weights} with activations {settings.activations} cannot be saved packed; "
-            "bellbit.qat.prepare trains them in Python"
-        )
 
 
 def train(
