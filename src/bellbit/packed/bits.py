@@ -25,4 +25,8 @@ def pack_bits(bits: Tensor) -> Tensor:
 
 def unpack_bits(packed: Tensor, columns: int) -> Tensor:
     """uint8 (..., ⌈columns / 8⌉) -> bool (..., columns)."""
-    return _BITS_OF_BYTE.to(packed.device)[packed.int()].flatten(-2)[..., :columns]
+    if packed.device.type == "cpu":
+        bits = _BITS_OF_BYTE[packed.int()]
+    else:  # made there: the table would be copied at every call
+        bits = (packed[..., None] >> torch.arange(8, dtype=torch.uint8, device=packed.device) & 1).bool()
+    return bits.flatten(-2)[..., :columns]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import asdict, dataclass, fields
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from bellbit.loading import first_line
 from bellbit.qat.presets import preset as find_preset
 from bellbit.quantizers import parse
 
+WAIT = timedelta(hours=2)  # of the other processes while the first one tokenizes the text
 MAY_CHANGE = ("log_every", "save_every", "report_to")  # between a run and its resumption
 
 
@@ -182,4 +184,4 @@ def count(text: str) -> int:
 
 def processes() -> Any:
     """accelerate's view of the processes that torchrun has started; gloo joins them where there is no GPU."""
-    return PartialState(cpu=not torch.cuda.is_available())
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=WAIT)
