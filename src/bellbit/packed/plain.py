@@ -11,8 +11,7 @@ from torch import Tensor
 
 from bellbit.core.baselines import nf_levels
 from bellbit.errors import BellbitError
-from bellbit.packed.bits import packed_width
-from bellbit.packed.planes import pack_codes, unpack_codes
+from bellbit.packed.planes import codes_and_row_scales, pack_codes, unpack_codes
 from bellbit.packed.tensor import PackedTensor, TensorSpec
 
 
@@ -31,11 +30,7 @@ class NormalFloat(PackedTensor):
 
     @classmethod
     def spec(cls, shape: tuple[int, int], options: Mapping[str, Any]) -> dict[str, TensorSpec]:
-        rows, columns = shape
-        return {
-            "codes": TensorSpec((options["width"], rows, packed_width(columns)), torch.uint8, ("codes",)),
-            "scales": TensorSpec((rows,), torch.float32, ("scales",)),
-        }
+        return codes_and_row_scales(shape, options["width"])
 
     @classmethod
     def pack(cls, codes: Tensor, scales: Tensor, width: int) -> NormalFloat:

@@ -129,6 +129,15 @@ class Sign128(PackedTensor):
         return 1.0
 
 
+def codes_and_row_scales(shape: tuple[int, int], width: int) -> dict[str, TensorSpec]:
+    """What is stored where a row has codes of `width` bits and one scale."""
+    rows, columns = shape
+    return {
+        "codes": TensorSpec((width, rows, packed_width(columns)), torch.uint8, ("codes",)),
+        "scales": TensorSpec((rows,), torch.float32, ("scales",)),
+    }
+
+
 @dataclass(frozen=True, eq=False)
 class Bellbox(PackedTensor):
     """Codes on one grid per row: what quantization while training leaves, BBQ (arXiv 2603.01599) above all.
@@ -154,11 +163,7 @@ class Bellbox(PackedTensor):
 
     @classmethod
     def spec(cls, shape: tuple[int, int], options: Mapping[str, Any]) -> dict[str, TensorSpec]:
-        rows, columns = shape
-        return {
-            "codes": TensorSpec((options["width"], rows, packed_width(columns)), torch.uint8, ("codes",)),
-            "scales": TensorSpec((rows,), torch.float32, ("scales",)),
-        }
+        return codes_and_row_scales(shape, options["width"])
 
     @classmethod
     def pack(cls, codes: Tensor, scales: Tensor, width: int, half: bool, rotated: bool = True) -> Bellbox:
