@@ -31,7 +31,11 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object 
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, …; auto takes a GPU if there is one.")]
 DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16; auto is float32 on a CPU.")]
 SeqLenOption = Annotated[int | None, typer.Option(help="Tokens per window; 2048, or fewer if the model reads fewer.")]
-UP_TO_ALL = "up to 2048"  # what SeqLenOption's None is called where the model is not open yet
+
+
+def _tokens(seq_len: int | None) -> str:
+    """How SeqLenOption is told while the model is not open yet."""
+    return "up to 2048" if seq_len is None else str(seq_len)
 
 
 def main() -> None:
@@ -123,11 +127,7 @@ def quantize(
     from bellbit.ptq.quantize import quantize as run
 
     activations = "" if act_bits == 16 else f" with {act_bits}-bit activations"
-    source = (
-        ""
-        if method == "rtn"
-        else f", calibrated on {samples} × {UP_TO_ALL if seq_len is None else seq_len} tokens of {calib}"
-    )
+    source = "" if method == "rtn" else f", calibrated on {samples} × {_tokens(seq_len)} tokens of {calib}"
     _say(f"Quantizing {model} by {method}{activations}{source}; the checkpoint goes to {out}.")
     drawing = None
     if figures is not None:
@@ -210,7 +210,7 @@ def pretrain(
 ) -> None:
     """Train a quantized model from its first step and save it packed."""
     from bellbit import report
-    from bellbit.qat.settings import Settings, count, read_recipe
+    from bellbit.qat.settings import Settings, count, processes, read_recipe
     from bellbit.qat.train import pretrain as run
 
     given = {
@@ -248,7 +248,7 @@ def pretrain(
     )
     with report.progress_bar(err_console) as progress:
         result = run(out, settings, resume=resume, overwrite=overwrite, report=progress)
-    if not result.main:
+    if not processes().is_main_process:
         return
     if as_json:
         _print_json(result.to_dict())
@@ -285,7 +285,7 @@ def evaluate(
 
     device, dtype = resolve_device(device, dtype)
     location = locate(model)
-    _say(f"Perplexity of {model} on windows of {UP_TO_ALL if seq_len is None else seq_len} tokens of {data}.")
+    _say(f"Perplexity of {model} on windows of {_tokens(seq_len)} tokens of {data}.")
     with report.progress_bar(err_console) as progress:
         progress(0, "opening")
         config = load_config(location)

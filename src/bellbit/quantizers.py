@@ -230,8 +230,7 @@ class Quantizer(nn.Module):
     @property
     def bell(self) -> tuple[Tensor, Tensor | None] | None:
         """If it is BBQ's, for activations in evaluation: γ, and the 1/rms that is kept, None for the input's own."""
-        kept: dict[str, Any] = {**self._parameters, **self._buffers}
-        return (kept["gamma"], kept.get("inverse_rms")) if self.rules.bell else None
+        return (self.get_parameter("gamma"), self._buffers.get("inverse_rms")) if self.rules.bell else None
 
     def settled(self) -> Quantizer:
         """For inference: all values are there, or will come from a file. Returns itself."""

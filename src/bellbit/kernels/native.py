@@ -56,13 +56,7 @@ def supports(weight: PackedTensor) -> bool:
     return type(weight) in _ARGUMENTS
 
 
-def linear(
-    x: Tensor,
-    weight: PackedTensor,
-    bias: Tensor | None,
-    act_bits: int = 16,
-    scope: Scope = "token",
-) -> Tensor:
+def linear(x: Tensor, weight: PackedTensor, bias: Tensor | None, act_bits: int = 16, scope: Scope = "token") -> Tensor:
     """What `reference.linear` computes, for weights that `supports` is true of."""
     arguments = _ARGUMENTS[type(weight)](weight)
     if isinstance(weight, Bellbox) and weight.rotated:

@@ -11,13 +11,7 @@ from bellbit.packed.planes import Bellbox
 from bellbit.packed.tensor import PackedTensor
 
 
-def linear(
-    x: Tensor,
-    weight: PackedTensor,
-    bias: Tensor | None,
-    act_bits: int = 16,
-    scope: Scope = "token",
-) -> Tensor:
+def linear(x: Tensor, weight: PackedTensor, bias: Tensor | None, act_bits: int = 16, scope: Scope = "token") -> Tensor:
     """x̂·Ŵᵀ + bias, x̂ = x rounded to `act_bits`; a rotated `bellbox` weight meets x̂ = the rotated x, rounded.
 
     x: (..., in), float. Returns (..., out) in x's dtype; Ŵ is rounded to it.

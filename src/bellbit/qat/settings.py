@@ -50,26 +50,20 @@ class Settings:
     save_every: int = 200
     report_to: str = "none"
 
-    @property
-    def sequences(self) -> int:
-        """`batch`, once the settings are resolved."""
-        assert self.batch is not None
-        return self.batch
 
-    @property
-    def at_once(self) -> int:
-        """`micro_batch`, once the settings are resolved."""
-        assert self.micro_batch is not None
-        return self.micro_batch
+@dataclass(frozen=True)
+class Resolved(Settings):
+    """Settings with no number left open."""
 
-    @property
-    def length(self) -> int:
-        """`seq_len`, once the settings are resolved."""
-        assert self.seq_len is not None
-        return self.seq_len
+    tokens: int = 0
+    seq_len: int = 0
+    batch: int = 0
+    micro_batch: int = 0
+    lr: float = 0.0
+    tokenizer: str = ""
 
 
-def resolve(settings: Settings) -> Settings:
+def resolve(settings: Settings) -> Resolved:
     """Fill in from the preset, and check what can be checked before anything is read."""
     if (settings.preset is None) == (settings.model is None):
         raise BellbitError("give either --preset or --model")
@@ -86,12 +80,12 @@ def resolve(settings: Settings) -> Settings:
     if "micro_batch" not in values:
         share = max(1, int(values.get("batch", found["batch"])) // world)
         found["micro_batch"] = max(size for size in range(1, 17) if share % size == 0)
-    resolved = Settings(**{"preset": None, **found, **values})
+    resolved = Resolved(**{"preset": None, **found, **values})
     for name in ("tokens", "seq_len", "batch", "micro_batch", "lr", "log_every", "save_every"):
         value = getattr(resolved, name)
         if value is None or value <= 0:
             raise BellbitError(f"--{name.replace('_', '-')} {value} is not possible; give a positive number")
-    if resolved.sequences % (resolved.at_once * world):
+    if resolved.batch % (resolved.micro_batch * world):
         raise BellbitError(
             f"--batch {resolved.batch} is no multiple of --micro-batch {resolved.micro_batch} × {world} process(es)"
         )
@@ -113,10 +107,8 @@ def keep(state: Path, settings: Settings, resume: bool) -> None:
         return
     if state.exists() and not resume and any(state.glob("checkpoint-*")):
         raise BellbitError(f"{state} holds a run already: --resume goes on with it; remove it to start again")
-    for stale in (
-        "tokenizer",
-        "text",
-    ):  # of a run with other settings, perhaps, that did not come to its first checkpoint
+    # perhaps of a run with other settings that did not come to its first checkpoint
+    for stale in ("tokenizer", "text"):
         shutil.rmtree(state / stale, ignore_errors=True)
     state.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(now, indent=2) + "\n")

@@ -22,12 +22,11 @@ from bellbit.loading import check_length, quiet
 from bellbit.packed.linear import packed_linears
 from bellbit.packed.save import check_output, quantization_config, round_unquantized, save_checkpoint
 from bellbit.packed.tensor import mean_over_weights
+from bellbit.ptq.loop import Progress
 from bellbit.qat.layers import QuantLinear, code_entropy, convert, prepare
 from bellbit.qat.presets import preset as find_preset
-from bellbit.qat.settings import Settings, check_tracker, keep, processes, resolve
+from bellbit.qat.settings import Resolved, Settings, check_tracker, keep, processes, resolve
 from bellbit.qat.text import make_tokenizer, packed_sequences
-
-Report = Callable[[float, str], None]
 
 WARM_UP, START, END = 0.1, 0.01, 0.1  # share of steps; learning rate at the first and the last step, of the largest
 
@@ -46,7 +45,7 @@ class Trained:
     model: Any
     tokenizer: Any
     probe: Tensor
-    settings: Settings
+    settings: Resolved
     steps: int
     loss: float
     entropy: float
@@ -56,14 +55,14 @@ class Trained:
     @property
     def tokens(self) -> int:
         """Seen in all."""
-        return self.steps * self.settings.sequences * self.settings.length
+        return self.steps * self.settings.batch * self.settings.seq_len
 
 
 @dataclass(frozen=True)
 class Result:
-    """What `pretrain` came to; fields as of `Trained`. bits_per_weight: stored, of the quantized weights.
+    """What `pretrain` came to; fields as of `Trained`.
 
-    main: whether this is the process that wrote the checkpoint, and alone knows its bits.
+    bits_per_weight: stored, of the quantized weights; only the first process, which wrote them, knows it.
     """
 
     out: Path
@@ -74,7 +73,6 @@ class Result:
     bits_per_weight: float
     entropy: float
     passes: float
-    main: bool
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"out": str(self.out)}
@@ -86,7 +84,7 @@ def pretrain(
     *,
     resume: bool = False,
     overwrite: bool = False,
-    report: Report = lambda share, text: None,
+    report: Progress = lambda share, text: None,
 ) -> Result:
     """Train a model from its first step and save it packed as `out`; its training state lies beside, in `out`.training.
 
@@ -110,27 +108,27 @@ def pretrain(
             config = quantization_config(model, settings.weights, "token", 16, provenance)
         save_checkpoint(model, trained.tokenizer, config, target, overwrite, trained.probe)
     values = {name: getattr(trained, name) for name in ("steps", "tokens", "loss", "seconds", "entropy", "passes")}
-    return Result(target, **values, bits_per_weight=bits, main=processes().is_main_process)
+    return Result(target, **values, bits_per_weight=bits)
 
 
 def train(
-    state: Path, settings: Settings, *, resume: bool = False, report: Report = lambda share, text: None
+    state: Path, settings: Settings, *, resume: bool = False, report: Progress = lambda share, text: None
 ) -> Trained:
     """The training alone, its state in the folder `state`; arguments and errors as of `pretrain`."""
     quiet()
     import transformers
 
-    settings = resolve(settings)
-    steps = max(1, (settings.tokens or 0) // (settings.sequences * settings.length))
+    chosen = resolve(settings)
+    steps = max(1, chosen.tokens // (chosen.batch * chosen.seq_len))
     with processes().main_process_first():  # the others read what it has written
-        keep(state, settings, resume or not processes().is_main_process)
-        corpus = load_corpus(settings.data, "train")
-        tokenizer = _tokenizer(state, settings, corpus)
-        data = packed_sequences(corpus, tokenizer, settings.length, settings.sequences, state / "text")
-    data = data.select(range(len(data) // settings.sequences * settings.sequences))  # a pass is whole steps
-    transformers.set_seed(settings.seed)
-    model = _model(settings, tokenizer)
-    trainer = _trainer(model, data, settings, state, steps, report)
+        keep(state, chosen, resume or not processes().is_main_process)
+        corpus = load_corpus(chosen.data, "train")
+        tokenizer = _tokenizer(state, chosen, corpus)
+        data = packed_sequences(corpus, tokenizer, chosen.seq_len, chosen.batch, state / "text")
+    data = data.select(range(len(data) // chosen.batch * chosen.batch))  # a pass is whole steps
+    transformers.set_seed(chosen.seed)
+    model = _model(chosen, tokenizer)
+    trainer = _trainer(model, data, chosen, state, steps, report)
     if trainer.is_fsdp_enabled:
         with torch.no_grad():
             # FSDP would forget the quantizers' first values
@@ -139,23 +137,22 @@ def train(
     last = _last_checkpoint(state) if resume else None
     trainer.train(resume_from_checkpoint=str(last) if last else None)
     seconds = time.perf_counter() - start
-    with _unsharded(model):
-        measures = _measures(model)
+    measures = _measures(model)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return Trained(
-        _gathered(trainer, settings, tokenizer),
+        _gathered(trainer, chosen, tokenizer),
         tokenizer,
         data[0]["input_ids"].long(),
-        settings,
+        chosen,
         steps,
         losses[-1] if losses else math.nan,
         measures.get("code_entropy", math.nan),
-        steps * settings.sequences / len(data),
+        steps * chosen.batch / len(data),
         seconds,
     )
 
 
-def _gathered(trainer: Any, settings: Settings, tokenizer: Any) -> Any:
+def _gathered(trainer: Any, settings: Resolved, tokenizer: Any) -> Any:
     """The trained model in float32 and in evaluation mode, on the CPU, whole in the first process."""
     if not trainer.is_fsdp_enabled:
         return trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).cpu().float().eval()
@@ -166,28 +163,28 @@ def _gathered(trainer: Any, settings: Settings, tokenizer: Any) -> Any:
     return model.eval()
 
 
-def _tokenizer(state: Path, settings: Settings, corpus: Any) -> Any:
+def _tokenizer(state: Path, settings: Resolved, corpus: Any) -> Any:
     """That of the run if there is one already: learning it again could give another."""
     from transformers import AutoTokenizer
 
     folder = state / "tokenizer"
     if (folder / "tokenizer_config.json").exists():
         return AutoTokenizer.from_pretrained(folder)
-    tokenizer = make_tokenizer(settings.tokenizer or "", corpus)
+    tokenizer = make_tokenizer(settings.tokenizer, corpus)
     tokenizer.save_pretrained(folder)
     return tokenizer
 
 
-def _model(settings: Settings, tokenizer: Any) -> Any:
+def _model(settings: Resolved, tokenizer: Any) -> Any:
     """Random weights: normal, σ = .02, and .02/√(2·layers) where a block adds to the residual stream; quantizers."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     specials = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     if settings.preset is not None:
-        config = find_preset(settings.preset).config(len(tokenizer), settings.length, specials)
+        config = find_preset(settings.preset).config(len(tokenizer), settings.seq_len, specials)
     else:
         config = AutoConfig.from_pretrained(str(settings.model))
-        check_length(config, settings.length)
+        check_length(config, settings.seq_len)
     if len(tokenizer) > config.vocab_size:
         raise BellbitError(
             f"the tokenizer has {len(tokenizer)} tokens, the model only {config.vocab_size} rows for them"
@@ -225,7 +222,7 @@ def one_cycle(step: int, steps: int) -> float:
     return END + (1 - END) * (1 + math.cos(math.pi * share)) / 2
 
 
-def _trainer(model: Any, data: Any, settings: Settings, state: Path, steps: int, report: Report) -> Any:
+def _trainer(model: Any, data: Any, settings: Resolved, state: Path, steps: int, report: Progress) -> Any:
     from transformers import Trainer, TrainerCallback, TrainingArguments
     from transformers.trainer_callback import PrinterCallback
 
@@ -257,7 +254,7 @@ def _trainer(model: Any, data: Any, settings: Settings, state: Path, steps: int,
         def create_optimizer(self, *_: Any) -> Any:
             if self.optimizer is None:
                 groups = parameter_groups(self.model, settings.weight_decay)
-                self.optimizer = torch.optim.AdamW(groups, lr=settings.lr or 0, betas=(0.9, 0.95))
+                self.optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.95))
             return self.optimizer
 
         def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
@@ -268,16 +265,14 @@ def _trainer(model: Any, data: Any, settings: Settings, state: Path, steps: int,
             return self.lr_scheduler
 
         def log(self, logs: dict[str, float], *rest: Any, **named: Any) -> None:
-            with _unsharded(model):
-                measures = _measures(model) if "loss" in logs else {}
-            super().log(logs | measures, *rest, **named)
+            super().log(logs | (_measures(model) if "loss" in logs else {}), *rest, **named)
 
     check_tracker(settings.report_to)
     arguments = TrainingArguments(
         output_dir=str(state),
         max_steps=steps,
-        per_device_train_batch_size=settings.at_once,
-        gradient_accumulation_steps=settings.sequences // (settings.at_once * processes().num_processes),
+        per_device_train_batch_size=settings.micro_batch,
+        gradient_accumulation_steps=settings.batch // (settings.micro_batch * processes().num_processes),
         max_grad_norm=settings.clip,
         bf16=settings.bf16,
         torch_compile=settings.compile,
@@ -332,13 +327,14 @@ def _unsharded(model: nn.Module) -> Iterator[None]:
 def _measures(model: nn.Module) -> dict[str, float]:
     """Entropy of the weights' codes in bits, and mean γ of weights and inputs: what tells whether training is sound."""
     entropies, gammas = [], {"weight": [], "input": []}  # type: ignore[var-annotated]
-    for layer in (module for module in model.modules() if isinstance(module, QuantLinear)):
-        if not math.isnan(entropy := code_entropy(layer)):
-            entropies.append(entropy)
-        for side in gammas:
-            gamma = getattr(getattr(layer, f"{side}_quantizer"), "gamma", None)
-            if gamma is not None:
-                gammas[side].append(float(gamma.mean()))
+    with _unsharded(model):
+        for layer in (module for module in model.modules() if isinstance(module, QuantLinear)):
+            if not math.isnan(entropy := code_entropy(layer)):
+                entropies.append(entropy)
+            for side in gammas:
+                gamma = getattr(getattr(layer, f"{side}_quantizer"), "gamma", None)
+                if gamma is not None:
+                    gammas[side].append(float(gamma.mean()))
     found = {"code_entropy": entropies, **{f"gamma_{side}": values for side, values in gammas.items()}}
     return {name: sum(values) / len(values) for name, values in found.items() if values}
 
