@@ -150,11 +150,11 @@ def run(folder, spec, seed):
     except Diverged as error:
         return {"diverged": str(error)}
     windows = evaluation_windows(load_corpus("wiki-sample", "test"), trained.tokenizer, LENGTH)
-    found = {"perplexity": perplexity(trained.model, windows).perplexity, "loss": trained.loss}
+    found = {"perplexity": perplexity(trained.model, windows).perplexity, "loss": trained.run.loss}
     if spec != "none":
-        found["entropy"] = trained.entropy
+        found["entropy"] = trained.run.entropy
     shutil.rmtree(state)
-    return found | {"tokens": trained.tokens, "seconds": trained.seconds}
+    return found | {"tokens": trained.run.tokens, "seconds": trained.run.seconds}
 
 
 def run_apart(folder, spec, seed):

@@ -7,11 +7,40 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bellbit.data import Corpus
+from bellbit.data import Corpus, load_corpus
 from bellbit.errors import BellbitError
 from bellbit.loading import load_tokenizer, locate
+from bellbit.qat.settings import Resolved
 
 BOS, EOS = "<s>", "</s>"
+
+
+def text_of_run(state: Path, settings: Resolved) -> tuple[Any, Any]:
+    """A run's tokenizer and sequences, made once and kept in its folder `state`.
+
+    Returns the tokenizer and a memory-mapped data set with the column input_ids, one row per sequence.
+    Raises BellbitError if the text is not one batch.
+    """
+    try:
+        from datasets import load_from_disk
+        from datasets.utils.logging import disable_progress_bar
+    except ImportError:
+        raise BellbitError("training keeps its text in `datasets`: pip install 'bellbit[train]'") from None
+    from transformers import AutoTokenizer
+
+    disable_progress_bar()
+    if not (state / "text").exists():
+        corpus = load_corpus(settings.data, "train")
+        made = make_tokenizer(settings.tokenizer, corpus)
+        made.save_pretrained(state / "tokenizer")
+        pack(corpus, made, settings.seq_len, state / "text")
+    data = load_from_disk(str(state / "text"))
+    if len(data) < settings.batch:
+        raise BellbitError(
+            f"{settings.data} has {len(data)} sequences of {settings.seq_len} tokens, too few for one batch of "
+            f"{settings.batch}; give more text, a smaller --batch or a shorter --seq-len"
+        )
+    return AutoTokenizer.from_pretrained(state / "tokenizer"), data.with_format("torch")
 
 
 def make_tokenizer(spec: str, corpus: Corpus) -> Any:
@@ -37,19 +66,9 @@ def make_tokenizer(spec: str, corpus: Corpus) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=EOS)
 
 
-def packed_sequences(corpus: Corpus, tokenizer: Any, seq_len: int, at_least: int, folder: Path) -> Any:
-    """Every document's tokens behind a BOS, one document after the other, cut into sequences of `seq_len`.
-
-    Returns a memory-mapped data set with the column input_ids, one row per sequence; it lies in `folder`, and is taken
-    from there if it does already.
-    Raises BellbitError if there are fewer than `at_least` sequences, which is one batch.
-    """
-    try:
-        from datasets import Dataset, Features, List, Value, load_from_disk
-        from datasets.utils.logging import disable_progress_bar
-    except ImportError:
-        raise BellbitError("training keeps its text in `datasets`: pip install 'bellbit[train]'") from None
-    disable_progress_bar()
+def pack(corpus: Corpus, tokenizer: Any, seq_len: int, folder: Path) -> None:
+    """Write as a data set every document's tokens behind a BOS, one document after the other, cut into `seq_len`."""
+    from datasets import Dataset, Features, List, Value
 
     def rows() -> Iterator[dict[str, Any]]:
         rest: list[int] = []
@@ -64,17 +83,8 @@ def packed_sequences(corpus: Corpus, tokenizer: Any, seq_len: int, at_least: int
 
     if tokenizer.bos_token_id is None:
         raise BellbitError("the tokenizer has no beginning-of-sequence token to put in front of documents")
-    if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as beside:
-            features = Features({"input_ids": List(Value("int32"))})
-            made = Dataset.from_generator(rows, features=features, cache_dir=f"{beside}/cache")
-            made.save_to_disk(f"{beside}/text")
-            Path(f"{beside}/text").replace(folder)
-    data = load_from_disk(str(folder))
-    if len(data) < at_least:
-        raise BellbitError(
-            f"{corpus.name} has {len(data)} sequences of {seq_len} tokens, too few for one batch of {at_least}; "
-            "give more text, a smaller --batch or a shorter --seq-len"
-        )
-    return data.with_format("torch")
+    with tempfile.TemporaryDirectory(dir=folder.parent) as beside:
+        features = Features({"input_ids": List(Value("int32"))})
+        made = Dataset.from_generator(rows, features=features, cache_dir=f"{beside}/cache")
+        made.save_to_disk(f"{beside}/text")
+        Path(f"{beside}/text").replace(folder)

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from bellbit.data import load_corpus
 from bellbit.errors import BellbitError
 from bellbit.loading import check_length, quiet
 from bellbit.packed.linear import packed_linears
@@ -26,7 +25,7 @@ from bellbit.ptq.loop import Progress
 from bellbit.qat.layers import QuantLinear, code_entropy, convert, prepare
 from bellbit.qat.presets import preset as find_preset
 from bellbit.qat.settings import Resolved, Settings, check_tracker, keep, processes, resolve
-from bellbit.qat.text import make_tokenizer, packed_sequences
+from bellbit.qat.text import text_of_run
 
 WARM_UP, START, END = 0.1, 0.01, 0.1  # share of steps; learning rate at the first and the last step, of the largest
 
@@ -36,43 +35,39 @@ class Diverged(BellbitError):
 
 
 @dataclass(frozen=True)
-class Trained:
-    """A model at its last step. loss: of the last step logged. entropy: mean bits of the weights' codes.
-
-    passes: how often each sequence of the text was seen.
+class Run:
+    """A training run in numbers. tokens: seen in all. loss: of the last step logged. entropy: mean bits of the weights'
+    codes. passes: how often each sequence of the text was seen.
     """
+
+    steps: int
+    tokens: int
+    loss: float
+    seconds: float
+    entropy: float
+    passes: float
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model at its last step. probe: a sequence of its text, token numbers (seq_len,)."""
 
     model: Any
     tokenizer: Any
     probe: Tensor
     settings: Resolved
-    steps: int
-    loss: float
-    entropy: float
-    passes: float
-    seconds: float
-
-    @property
-    def tokens(self) -> int:
-        """Seen in all."""
-        return self.steps * self.settings.batch * self.settings.seq_len
+    run: Run
 
 
 @dataclass(frozen=True)
-class Result:
-    """What `pretrain` came to; fields as of `Trained`.
+class Result(Run):
+    """What `pretrain` came to.
 
     bits_per_weight: stored, of the quantized weights; only the first process, which wrote them, knows it.
     """
 
     out: Path
-    steps: int
-    tokens: int
-    loss: float
-    seconds: float
     bits_per_weight: float
-    entropy: float
-    passes: float
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"out": str(self.out)}
@@ -107,8 +102,7 @@ def pretrain(
             provenance = {"pretraining": asdict(trained.settings)}
             config = quantization_config(model, settings.weights, "token", 16, provenance)
         save_checkpoint(model, trained.tokenizer, config, target, overwrite, trained.probe)
-    values = {name: getattr(trained, name) for name in ("steps", "tokens", "loss", "seconds", "entropy", "passes")}
-    return Result(target, **values, bits_per_weight=bits)
+    return Result(**asdict(trained.run), out=target, bits_per_weight=bits)
 
 
 def train(
@@ -122,9 +116,7 @@ def train(
     steps = max(1, chosen.tokens // (chosen.batch * chosen.seq_len))
     with processes().main_process_first():  # the others read what it has written
         keep(state, chosen, resume or not processes().is_main_process)
-        corpus = load_corpus(chosen.data, "train")
-        tokenizer = _tokenizer(state, chosen, corpus)
-        data = packed_sequences(corpus, tokenizer, chosen.seq_len, chosen.batch, state / "text")
+        tokenizer, data = text_of_run(state, chosen)
     data = data.select(range(len(data) // chosen.batch * chosen.batch))  # a pass is whole steps
     transformers.set_seed(chosen.seed)
     model = _model(chosen, tokenizer)
@@ -139,17 +131,15 @@ def train(
     seconds = time.perf_counter() - start
     measures = _measures(model)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return Trained(
-        _gathered(trainer, chosen, tokenizer),
-        tokenizer,
-        data[0]["input_ids"].long(),
-        chosen,
-        steps,
-        losses[-1] if losses else math.nan,
-        measures.get("code_entropy", math.nan),
-        steps * chosen.batch / len(data),
-        seconds,
+    run = Run(
+        steps=steps,
+        tokens=steps * chosen.batch * chosen.seq_len,
+        loss=losses[-1] if losses else math.nan,
+        seconds=seconds,
+        entropy=measures.get("code_entropy", math.nan),
+        passes=steps * chosen.batch / len(data),
     )
+    return Trained(_gathered(trainer, chosen, tokenizer), tokenizer, data[0]["input_ids"].long(), chosen, run)
 
 
 def _gathered(trainer: Any, settings: Resolved, tokenizer: Any) -> Any:
@@ -161,18 +151,6 @@ def _gathered(trainer: Any, settings: Resolved, tokenizer: Any) -> Any:
     if processes().is_main_process:
         model.load_state_dict(values)
     return model.eval()
-
-
-def _tokenizer(state: Path, settings: Resolved, corpus: Any) -> Any:
-    """That of the run if there is one already: learning it again could give another."""
-    from transformers import AutoTokenizer
-
-    folder = state / "tokenizer"
-    if (folder / "tokenizer_config.json").exists():
-        return AutoTokenizer.from_pretrained(folder)
-    tokenizer = make_tokenizer(settings.tokenizer, corpus)
-    tokenizer.save_pretrained(folder)
-    return tokenizer
 
 
 def _model(settings: Resolved, tokenizer: Any) -> Any:
