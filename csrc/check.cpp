@@ -151,6 +151,13 @@ void check_planes(const Kernels& k, int64_t rows, int64_t columns) {
     const Planes groups{codes.data(), planes, rows, columns, rows * width, width, 16, Grid::kGroups, scales.data(),
                         zeros.data(), 0};
     check(k, "uniform", groups, dense, k.planes, k.unpack_planes, true);
+    const float middle = static_cast<float>((1 << planes) - 1) / 2;
+    for (int64_t r = 0; r < rows; r++)
+      for (int64_t c = 0; c < columns; c++)
+        dense[dense_at(r, c)] = scale_values[static_cast<size_t>(r * blocks + c / kBlock)] * (code(r, c) - middle);
+    const Planes symmetric{codes.data(), planes, rows, columns, rows * width, width, 16, Grid::kGroups, scales.data(),
+                           nullptr, middle};
+    check(k, "symmetric", symmetric, dense, k.planes, k.unpack_planes, true);
     const float half = static_cast<float>(1 << (planes - 1));
     const float zero = planes <= 2 ? half - 0.5f : half;
     for (int64_t r = 0; r < rows; r++)

@@ -12,7 +12,7 @@ constexpr int64_t kLanes = 16;   // floats that the kernels handle together
 // Where a grid's scale and zero point come from.
 enum class Grid : int {
   kSign128,  // ±d: a float16 d in front of the 16 bytes of each block
-  kGroups,   // float16 scales and uint8 zero points, (rows, blocks)
+  kGroups,   // float16 scales and, unless there is one for all, uint8 zero points, (rows, blocks)
   kRows,     // one float32 scale per row, one zero point for all
 };
 
@@ -23,8 +23,8 @@ struct Planes {
   int64_t plane_stride, row_stride, block_stride;  // bytes; a block is 16 bytes of bits, the last may be shorter
   Grid grid;
   const void* scales;    // kSign128: unused
-  const uint8_t* zeros;  // kGroups
-  float zero;            // kRows
+  const uint8_t* zeros;  // kGroups; null where `zero` serves
+  float zero;            // kRows and kGroups
 };
 
 // Two bits into one of two 4-entry tables per row and block (layout codebook2).

@@ -1,7 +1,7 @@
-// Products with codes in bit planes (layouts sign128, bellbox, uniform) over an instruction set S, see body.h.
+// Products with codes in bit planes (layouts sign128, symmetric, bellbox, uniform) over an instruction set S, see body.h.
 //
 // With s = ±1 for each bit, Σ 2ᵖ·bit = (Σ 2ᵖ·s + 2ᴾ − 1) / 2, so that w = scale/2 · (Σ 2ᵖ·s − (2·zero − 2ᴾ + 1)):
-// a sum of ±x per plane, and for sign128 and bellbox up to 2 bits nothing to subtract.
+// a sum of ±x per plane, and for grids that lie symmetrically around 0 nothing to subtract.
 #pragma once
 
 #include "common.h"
@@ -14,8 +14,10 @@ struct PlanesBody {
   using F = typename S::F;
   using I = typename S::I;
 
+  static constexpr int64_t kSymmetric = 4;  // planes up to which there is a product without zero points
+
   static bool has_zeros(const Planes& w) {
-    return w.grid != Grid::kRows || w.planes > 2 || 2 * w.zero != static_cast<float>((1 << w.planes) - 1);
+    return w.zeros || w.planes > kSymmetric || 2 * w.zero != static_cast<float>((1 << w.planes) - 1);
   }
 
   static F inline_scale(const Planes& w, int64_t row, int64_t block) {
@@ -29,7 +31,7 @@ struct PlanesBody {
       S::halves(static_cast<const uint16_t*>(w.scales) + row * groups, scales, groups);
       for (int64_t g = 0; g < groups; g++) {
         scales[g] *= 0.5f;
-        zeros[g] = 2 * static_cast<float>(w.zeros[row * groups + g]) - all;
+        zeros[g] = 2 * (w.zeros ? static_cast<float>(w.zeros[row * groups + g]) : w.zero) - all;
       }
     } else if (w.grid == Grid::kRows) {
       scales[0] = 0.5f * element(static_cast<const float*>(w.scales), row);
@@ -215,12 +217,12 @@ struct PlanesBody {
     static constexpr Range ranges[] = {planes_range<1, true>, planes_range<2, true>, planes_range<3, true>,
                                        planes_range<4, true>, planes_range<5, true>, planes_range<6, true>,
                                        planes_range<7, true>, planes_range<8, true>};
+    static constexpr Range symmetric[kSymmetric] = {planes_range<1, false>, planes_range<2, false>,
+                                                    planes_range<3, false>, planes_range<4, false>};
     if (w.grid == Grid::kSign128)
       (x.codes ? signs_range<true> : signs_range<false>)(w, x, bias, y, first, last);
-    else if (has_zeros(w))
-      ranges[w.planes - 1](w, x, bias, y, first, last);
-    else  // at most two planes: more have levels at integers
-      (w.planes == 1 ? planes_range<1, false> : planes_range<2, false>)(w, x, bias, y, first, last);
+    else
+      (has_zeros(w) ? ranges : symmetric)[w.planes - 1](w, x, bias, y, first, last);
   }
 
   static void unpack(const Planes& w, float* out, int64_t first, int64_t last) {

@@ -102,11 +102,21 @@ def _print_json(value: dict[str, Any]) -> None:
 def quantize(
     model: ModelArgument,
     out: Annotated[Path, typer.Argument(help="Directory of the packed checkpoint.")],
-    method: Annotated[str, typer.Option(help="dbellquant, billm, gptq or rtn.")] = "dbellquant",
+    method: Annotated[str, typer.Option(help="bellbit, dbellquant, billm, gptq, rtn or sign.")] = "dbellquant",
+    bpw: Annotated[
+        float, typer.Option(help="Of bellbit: most bits per quantized weight, all that is stored; 1.125 to 4.125.")
+    ] = 1.125,
+    effort: Annotated[str, typer.Option(help="Of bellbit: fast, balanced or best.")] = "balanced",
+    rungs: Annotated[
+        str, typer.Option(help="Of bellbit: which of its steps to take.")
+    ] = "columns,codes,blocks,distill",
+    columns: Annotated[str, typer.Option(help="Of bellbit: start of column scales: rank1, mean, none.")] = "rank1",
     bits: Annotated[int, typer.Option(help="Bits per weight of gptq and rtn, 1 to 8, in groups of 128.")] = 2,
     act_bits: Annotated[int, typer.Option(help="Bits of activations: 16, 8 or 6.")] = 16,
     block_size: Annotated[int, typer.Option(help="Columns that share scales.")] = 128,
-    calib: Annotated[str, typer.Option(help="Text: wiki-sample, wikitext2, ptb, c4 or a path.")] = "wiki-sample",
+    calib: Annotated[
+        str, typer.Option(help="Text: wiki-sample, wikitext2, ptb, c4, a path, self, or several as a,b.")
+    ] = "wiki-sample",
     samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
     seq_len: SeqLenOption = None,
     seed: Annotated[int, typer.Option(help="Of the choice of windows.")] = 0,
@@ -140,6 +150,10 @@ def quantize(
             out,
             method,
             bits=bits,
+            bpw=bpw,
+            effort=effort,
+            rungs=tuple(rungs.split(",")),
+            columns=columns,
             act_bits=act_bits,
             block_size=block_size,
             calib=calib,

@@ -167,6 +167,22 @@ SOURCES: dict[str, Callable[[Part], Corpus]] = {
 _KNOWN = f"known are {', '.join(SOURCES)} and paths to .txt, .jsonl or .parquet files"
 
 
+def shares(spec: str, samples: int) -> list[tuple[str, int]]:
+    """The sources of a mixture `a,b,…` with how many of the windows each gives, alike but for a remainder."""
+    if Path(spec).is_file():
+        return [(spec, samples)]
+    sources = [source.strip() for source in spec.split(",")]
+    if not all(sources) or len(set(sources)) < len(sources) or len(sources) > samples:
+        raise BellbitError(f"--calib {spec!r} is not possible with {samples} windows; give different sources as a,b")
+    return [(source, (samples + i) // len(sources)) for i, source in enumerate(sources)]
+
+
+def interleave(parts: list[Tensor]) -> Tensor:
+    """Windows of several sources (n_i, length) as one set in which every stretch is mixed as the whole is."""
+    places = torch.cat([(torch.arange(len(part)) + 0.5) / len(part) for part in parts])
+    return torch.cat(parts)[places.argsort(stable=True)]
+
+
 def tokenize(text: str, tokenizer: Any) -> Tensor:
     """Token ids of the whole text, with the special tokens that the tokenizer adds of itself: int64 (n,)."""
     return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.long)

@@ -7,7 +7,7 @@ from bellbit import quantize_weight
 from bellbit.core.activations import quantize_activations
 from bellbit.core.hadamard import hadamard
 from bellbit.kernels import native, reference
-from bellbit.packed.planes import Bellbox
+from bellbit.packed.planes import Bellbox, Symmetric
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="built without a compiler")
 
@@ -30,11 +30,17 @@ def bellbox(rows, columns, width, generator):
     return Bellbox.pack(codes, torch.rand(rows, generator=generator), width, half=width <= 2, rotated=width != 1)
 
 
+def symmetric(rows, columns, width, generator):
+    levels = torch.randint(0, 2**width, (rows, columns), generator=generator) - (2**width - 1) / 2
+    return Symmetric.pack(levels, torch.rand(rows, -(-columns // 128), generator=generator), width)
+
+
 def weights(rows, columns):
     generator = torch.Generator().manual_seed(rows * 1000 + columns)
     dense = torch.randn(rows, columns, generator=generator)
     packed = [quantize_weight(dense, None, "rtn", bits=bits) for bits in (1, 2, 3, 8)]
     packed += [quantize_weight(dense, None, "sign")]
+    packed += [symmetric(rows, columns, width, generator) for width in (1, 2, 3, 4, 5)]
     packed += [bellbox(rows, columns, width, generator) for width in (1, 2, 3, 4)]
     packed += [
         quantize_weight(dense, None, metric="magnitude", compensate=False, block_size=block_size, scale_bits=scale_bits)

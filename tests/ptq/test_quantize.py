@@ -104,12 +104,16 @@ def nothing_is_left(folder):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "awq"}, "--method awq is not possible; allowed: dbellquant, billm, gptq, rtn"),
+        ({"method": "awq"}, "--method awq is not possible; allowed: bellbit, dbellquant, billm, gptq, rtn"),
         ({"act_bits": 7}, "--act-bits 7 is not possible; allowed: 16, 8, 6"),
         ({"metric": "fisher"}, "--metric fisher is not possible; allowed: hessian, magnitude"),
         ({"method": "gptq", "bits": 9}, "--bits 9 is not possible; allowed: 1 to 8"),
         ({"block_size": 1}, "--block-size 1 is not possible"),
         ({"epsilon": 1.5}, "--epsilon 1.5 is not possible"),
+        ({"method": "bellbit", "bpw": 1.0}, "--bpw 1.0 is not possible; allowed: 1.125 to 4.125"),
+        ({"method": "bellbit", "effort": "much"}, "--effort much is not possible; allowed: fast, balanced, best"),
+        ({"method": "bellbit", "rungs": ("ladder",)}, "--rungs ladder is not possible; allowed: columns, codes"),
+        ({"calib": "self,self"}, "--calib 'self,self' is not possible with 3 windows; give different sources"),
         ({"scale_bits": 4}, "--scale-bits 4 is not possible; allowed: 16, 8"),
         ({"samples": 0}, "--samples 0 is not possible; allowed: 1 and more"),
         ({"seq_len": 1}, "--seq-len 1 is not possible; allowed: 2 and more"),

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bellbit.core.activations import Scope, quantize_activations
 from bellbit.packed.codebook2 import Codebook2
-from bellbit.packed.planes import SIGN_BLOCK, Bellbox, Sign128, Uniform
+from bellbit.packed.planes import SIGN_BLOCK, Bellbox, Sign128, Symmetric, Uniform
 from bellbit.packed.tensor import PackedTensor
 
 try:
@@ -51,7 +51,7 @@ def supports(weight: PackedTensor) -> bool:
         return False
     if isinstance(weight, Codebook2):
         return weight.block_size % 16 == 0
-    if isinstance(weight, Uniform):
+    if isinstance(weight, Uniform | Symmetric):
         return weight.group_size == SIGN_BLOCK
     return type(weight) in _ARGUMENTS
 
@@ -68,6 +68,7 @@ _ARGUMENTS: dict[type[PackedTensor], Callable[[Any], tuple[Any, ...]]] = {
     Codebook2: lambda w: (w.codes, w.salient, w.scales, w.exponents, w.shape[1], w.block_size),
     Sign128: lambda w: (w.blocks, w.shape[1]),
     Bellbox: lambda w: (w.codes, w.scales, w.shape[1], w.zero),
+    Symmetric: lambda w: (w.codes, w.scales, w.shape[1]),
     Uniform: lambda w: (w.codes, w.scales, w.zeros, w.shape[1]),
 }
 
@@ -141,6 +142,11 @@ def _uniform(codes: Tensor, scales: Tensor, zeros: Tensor, columns: int) -> Any:
     return _planes(codes, columns, _GROUPS, scale, zero)
 
 
+def _symmetric(codes: Tensor, scales: Tensor, columns: int) -> Any:
+    scale = _require(scales, torch.float16, codes.shape[1], -(-columns // SIGN_BLOCK))
+    return _planes(codes, columns, _GROUPS, scale, zero=(2 ** codes.shape[0] - 1) / 2)
+
+
 def _bellbox(codes: Tensor, scales: Tensor, columns: int, zero: float) -> Any:
     scale = _require(scales, torch.float32, codes.shape[1])
     return _planes(codes, columns, _ROWS, scale, zero=zero)
@@ -150,6 +156,7 @@ _BUILDERS: dict[type[PackedTensor], Callable[..., Any]] = {
     Codebook2: _codebook2,
     Sign128: _sign128,
     Bellbox: _bellbox,
+    Symmetric: _symmetric,
     Uniform: _uniform,
 }
 
@@ -308,5 +315,6 @@ if _kernels is not None:
         rows_axis=0,
     )
     _define("sign128", "Tensor blocks, int columns", _sign128, rows_axis=0)
+    _define("symmetric", "Tensor codes, Tensor scales, int columns", _symmetric, rows_axis=1)
     _define("uniform", "Tensor codes, Tensor scales, Tensor zeros, int columns", _uniform, rows_axis=1)
     _define("bellbox", "Tensor codes, Tensor scales, int columns, float zero", _bellbox, rows_axis=1)

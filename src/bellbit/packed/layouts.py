@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from bellbit.packed.codebook2 import Codebook2
 from bellbit.packed.plain import Float16, NormalFloat
-from bellbit.packed.planes import Bellbox, Sign128, Uniform
+from bellbit.packed.planes import Bellbox, Sign128, Symmetric, Uniform
 from bellbit.packed.tensor import PackedTensor
 
 LAYOUTS: dict[str, type[PackedTensor]] = {
-    cls.layout: cls for cls in (Codebook2, Sign128, Bellbox, Uniform, NormalFloat, Float16)
+    cls.layout: cls for cls in (Codebook2, Sign128, Symmetric, Bellbox, Uniform, NormalFloat, Float16)
 }

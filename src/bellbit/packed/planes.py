@@ -1,4 +1,4 @@
-"""The layouts of bit planes on a grid, `uniform`, `sign128` and `bellbox`; docs/format.md has them byte for byte."""
+"""The layouts of bit planes: `uniform`, `symmetric`, `sign128`, `bellbox`; docs/format.md has them byte for byte."""
 
 from __future__ import annotations
 
@@ -24,6 +24,10 @@ def unpack_codes(planes: Tensor, columns: int) -> Tensor:
     """The inverse of `pack_codes`, as float32 (out, in)."""
     bits = unpack_bits(planes, columns)
     return sum((plane.float() * 2**bit for bit, plane in enumerate(bits)), torch.zeros(()))
+
+
+SIGN_BLOCK = 128  # columns that share a scale wherever kernels want it so
+_SCALE_BYTES = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,8 +80,49 @@ class Uniform(PackedTensor):
         return float(self.width)
 
 
-SIGN_BLOCK = 128
-_SCALE_BYTES = 2
+@dataclass(frozen=True, eq=False)
+class Symmetric(PackedTensor):
+    """Codes of `width` bits on a grid without zero, per row and group of columns: w = scale·(code − (2^width − 1)/2).
+
+    codes: uint8 (width, out, ⌈in/8⌉), one bit plane per bit of the code, lowest first.
+    scales: float16 (out, groups).
+    """
+
+    layout: ClassVar[str] = "symmetric"
+    allowed_options: ClassVar[Mapping[str, Container[int]]] = {"width": range(1, 9), "group_size": range(1, 2**31)}
+    width: int
+    group_size: int
+    codes: Tensor
+    scales: Tensor
+
+    @property
+    def zero(self) -> float:
+        """What is subtracted from a code."""
+        return (2**self.width - 1) / 2
+
+    @classmethod
+    def spec(cls, shape: tuple[int, int], options: Mapping[str, Any]) -> dict[str, TensorSpec]:
+        rows, columns = shape
+        return {
+            "codes": TensorSpec((options["width"], rows, packed_width(columns)), torch.uint8, ("codes",)),
+            "scales": TensorSpec((rows, -(-columns // options["group_size"])), torch.float16, ("scales",)),
+        }
+
+    @classmethod
+    def pack(cls, levels: Tensor, scales: Tensor, width: int, group_size: int = SIGN_BLOCK) -> Symmetric:
+        """levels: (out, in), ±½ … ±(2^width − 1)/2. scales: float (out, groups), rounded to float16 here."""
+        codes = (levels + (2**width - 1) / 2).to(torch.uint8)
+        shape = (levels.shape[0], levels.shape[1])
+        return cls(shape, width, group_size, pack_codes(codes, width), scales.half())
+
+    def dequantize(self) -> Tensor:
+        columns = self.shape[1]
+        group = torch.arange(columns, device=self.codes.device) // self.group_size
+        return self.scales.float()[:, group] * (unpack_codes(self.codes, columns) - self.zero)
+
+    @property
+    def nominal_bits(self) -> float:
+        return float(self.width)
 
 
 @dataclass(frozen=True, eq=False)

@@ -25,6 +25,8 @@ class Family:
     """A decoder architecture.
 
     blocks: path of the list of decoder blocks. groups: in the order of their inputs' computation.
+    chains: pairs of linears; what the first gives reaches the second times something that does not depend on it, so
+    that a positive factor moves from columns of the second to rows of the first.
     learns_scales: whether DBellQuant learns T here or only smooths (T = T⁰), as its reference does for OPT.
     act_scope, rounded_outputs: the reference's rule for quantized activations.
     norm_offset: norms multiply by offset + weight.
@@ -32,6 +34,7 @@ class Family:
 
     blocks: str
     groups: tuple[InputGroup, ...]
+    chains: tuple[tuple[str, str], ...] = ()
     learns_scales: bool = True
     act_scope: Scope = "token"
     rounded_outputs: tuple[str, ...] = ()
@@ -51,7 +54,9 @@ def _gated(mlp_norm: str) -> tuple[InputGroup, ...]:
     )
 
 
-_LLAMA = Family(blocks="model.layers", groups=_gated("post_attention_layernorm"))
+_GATED_CHAINS = (("self_attn.v_proj", "self_attn.o_proj"), ("mlp.up_proj", "mlp.down_proj"))
+
+_LLAMA = Family(blocks="model.layers", groups=_gated("post_attention_layernorm"), chains=_GATED_CHAINS)
 _OPT = Family(
     blocks="model.decoder.layers",
     groups=(
@@ -60,11 +65,14 @@ _OPT = Family(
         InputGroup(("fc1",), norm="final_layer_norm"),
         InputGroup(("fc2",)),
     ),
+    chains=(("self_attn.v_proj", "self_attn.out_proj"), ("fc1", "fc2")),  # ReLU passes positive factors
     learns_scales=False,
     act_scope="tensor",
     rounded_outputs=_ATTENTION,
 )
-_GEMMA3 = Family(blocks="model.layers", groups=_gated("pre_feedforward_layernorm"), norm_offset=1.0)
+_GEMMA3 = Family(
+    blocks="model.layers", groups=_gated("pre_feedforward_layernorm"), chains=_GATED_CHAINS, norm_offset=1.0
+)
 
 FAMILIES: dict[str, Family] = {
     "gemma3_text": _GEMMA3,
@@ -111,3 +119,23 @@ def fold_column_scales(block: nn.Module, group: InputGroup, scales: Tensor, norm
         for name in group.linears:
             weight: Any = block.get_submodule(name).weight
             weight.copy_(weight * scales)
+
+
+def fold_along_chain(block: nn.Module, chain: tuple[str, str], scales: Tensor, head_dim: int) -> None:
+    """Columns of the second linear times T, rows and bias of the first by T. The function is unchanged.
+
+    scales: T, positive, one for each row of the first linear (out,). Where the second has more columns, several
+    attention heads of `head_dim` in turn read each head of the first. In place.
+    """
+    source, target = (block.get_submodule(name) for name in chain)
+    with torch.no_grad():
+        for parameter in source.parameters(recurse=False):
+            parameter.div_(scales.view(-1, *[1] * (parameter.ndim - 1)))
+        weight: Any = target.weight
+        weight.mul_(shared_by_heads(scales, weight.shape[1], head_dim))
+
+
+def shared_by_heads(scales: Tensor, columns: int, head_dim: int) -> Tensor:
+    """One value per row of a linear, repeated for the heads that read it: (out,) to (columns,)."""
+    repeat = columns // len(scales)
+    return scales if repeat == 1 else scales.view(-1, 1, head_dim).expand(-1, repeat, -1).flatten()

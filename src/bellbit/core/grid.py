@@ -1,0 +1,172 @@
+"""Symmetric grids, one bit and up: w ≈ s·ℓ with levels ℓ = ±½, ±3/2, … ±(2^b − 1)/2 and one scale s per row and group.
+
+At one bit that is a sign and a magnitude d = s/2. Three ways to the codes, each better and dearer than the one before:
+rounding to nearest; column after column with error feedback (GPTQ, arXiv 2210.17323); descent from there, one
+coordinate at a time, on the output error (W − Ŵ)·H·(W − Ŵ)ᵀ itself, with the scales refitted jointly in between.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bellbit.core.compensate import blocks, quantize_blocks
+from bellbit.core.hessian import InverseFactor
+
+GROUP = 128
+STEPS = {1: 2.0, 2: 1.248, 3: 0.734, 4: 0.42}  # best scale by width for a bell, over its mean magnitude (Max 1960)
+LLOYD_ROUNDS = 8  # of scales and codes in turn
+
+
+def nearest_levels(values: Tensor, width: int) -> Tensor:
+    """The level nearest to each value, both in units of the scale; 0 goes to +½. Any shape, float."""
+    top = 2 ** (width - 1)
+    return values.floor().clamp_(-top, top - 1).add_(0.5)
+
+
+def spread(per_group: Tensor, columns: int, group: int = GROUP) -> Tensor:
+    """(out, groups) to (out, columns): each value for all columns of its group."""
+    return per_group.repeat_interleave(group, dim=1)[:, :columns]
+
+
+def in_groups(values: Tensor, group: int = GROUP) -> Tensor:
+    """Sums over the columns of each group: (out, in) to (out, groups)."""
+    return torch.stack([part.sum(dim=1) for part in values.split(group, dim=1)], dim=1)
+
+
+def fit_scales(weight: Tensor, importance: Tensor, width: int, group: int = GROUP) -> Tensor:
+    """Scales of least squared error Σ h·(w − s·ℓ(w/s))², by scales and codes in turn.
+
+    weight: (out, in). importance: h (in,), not negative: the diagonal of the Hessian, or ones. width: 1 … 4.
+    Returns float32 (out, ⌈in/group⌉), positive; a group of zeros gets the smallest normal float16.
+    """
+    columns = weight.shape[1]
+    smallest = torch.finfo(torch.float16).tiny
+    total = in_groups(importance.expand_as(weight), group).clamp_min(1e-30)
+    scales = (STEPS[width] * in_groups(weight.abs() * importance, group) / total).clamp_min(smallest)
+    for _ in range(1 if width == 1 else LLOYD_ROUNDS):
+        levels = nearest_levels(weight / spread(scales, columns, group), width)
+        fitted = in_groups(weight * levels * importance, group)
+        scales = (fitted / in_groups(levels.square() * importance, group).clamp_min(1e-30)).clamp_min(smallest)
+    return scales
+
+
+def refit_scales(weight: Tensor, levels: Tensor, scales: Tensor, hessian: Tensor, group: int = GROUP) -> Tensor:
+    """Scales of least output error for given codes, all groups of a row at once.
+
+    Per row the normal equations A·s = b with A_gh = ℓ_g·H_gh·ℓ_h and b_g = ℓ_g·(H·w)_g. A row whose solution has a
+    scale that is not positive keeps its `scales`.
+    weight, levels: (out, in). hessian: (in, in), damped. Returns float32 (out, groups).
+    """
+    parts = blocks(weight.shape[1], group)
+    target = in_groups(levels * (weight @ hessian), group)
+    normal = torch.stack([in_groups(levels * (levels[:, part] @ hessian[part]), group) for part in parts], dim=2)
+    solved = torch.linalg.solve_ex(normal.double(), target.double())[0].float()
+    sound = (solved > torch.finfo(torch.float16).tiny).all(dim=1, keepdim=True) & solved.isfinite().all(1, keepdim=True)
+    return torch.where(sound, solved, scales)
+
+
+def feedback_levels(weight: Tensor, factor: InverseFactor, width: int, group: int = GROUP) -> tuple[Tensor, Tensor]:
+    """Codes column after column, each one's error fed into the columns to its right (GPTQ Algorithm 1).
+
+    The scales of a group are fitted to what has become of its weights when its turn comes.
+    weight: float (out, in). Returns levels (out, in) and scales (out, groups).
+    """
+
+    def quantize(current: Tensor, corner: Tensor | None) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        assert corner is not None
+        scale = fit_scales(current, corner.diagonal().square().reciprocal(), width, group)[:, 0]
+        columns = current.t().contiguous()  # one column is one contiguous row
+        levels, error = torch.empty_like(columns), torch.empty_like(columns)
+        for j in range(len(columns)):
+            levels[j] = nearest_levels(columns[j] / scale, width)
+            error[j] = (columns[j] - scale * levels[j]) / corner[j, j]
+            columns[j + 1 :].addr_(corner[j, j + 1 :], error[j], alpha=-1)
+        return (levels.t(), scale), error.t()
+
+    parts = quantize_blocks(weight, factor, group, quantize)
+    return torch.cat([levels for levels, _ in parts], dim=1), torch.stack([scale for _, scale in parts], dim=1)
+
+
+def descend(
+    weight: Tensor, levels: Tensor, scales: Tensor, hessian: Tensor, width: int, sweeps: int = 2, group: int = GROUP
+) -> tuple[Tensor, Tensor]:
+    """Coordinate descent on the output error: each code in turn goes to its best level given all the others.
+
+    With G = (Ŵ − W)·H the error is least in ŵ_j at ŵ_j − G_j/H_jj, and on the grid at the level nearest to that. After
+    each sweep over the columns the scales are refitted. The error never rises.
+    weight, levels: (out, in). scales: (out, groups). hessian: (in, in), damped. Returns levels and scales.
+    """
+    diagonal = hessian.diagonal()
+    for _ in range(sweeps):
+        full = spread(scales, weight.shape[1], group).t().contiguous()  # one column is one contiguous row
+        codes = levels.t().contiguous()
+        slope = hessian @ (full * codes - weight.t())
+        for part in blocks(len(codes), group):
+            change = torch.empty_like(codes[part])
+            local, corner = slope[part], hessian[part, part]
+            for i, j in enumerate(range(part.start, part.stop)):
+                best = nearest_levels(codes[j] - local[i] / (diagonal[j] * full[j]), width)
+                change[i] = (best - codes[j]) * full[j]
+                codes[j] = best
+                local[i + 1 :].addr_(corner[i, i + 1 :], change[i])
+            slope[part.stop :].addmm_(hessian[part.stop :, part], change)
+        levels = codes.t().contiguous()
+        scales = refit_scales(weight, levels, scales, hessian, group)
+    return levels, scales
+
+
+def first_codes(weight: Tensor, factor: InverseFactor | None, width: int) -> tuple[Tensor, Tensor]:
+    """The best of the three ways that can be had: levels (out, in) and scales (out, groups).
+
+    Without a factor, or with that of a Hessian beyond repair, it is rounding to nearest.
+    """
+    if factor is None or factor.damping is None:
+        scales = fit_scales(weight, torch.ones_like(weight[0]), width)
+        return nearest_levels(weight / spread(scales, weight.shape[1]), width), scales
+    hessian = torch.cholesky_inverse(factor.upper, upper=True)
+    weight = torch.where(factor.dead, 0.0, weight)
+    levels, scales = feedback_levels(weight, factor, width)
+    return descend(weight, levels, refit_scales(weight, levels, scales, hessian), hessian, width)
+
+
+class _StraightThrough(torch.autograd.Function):
+    """ŵ = s·ℓ(latent); ∂ŵ/∂latent = s as if ℓ were the identity, ∂ŵ/∂s = ℓ."""
+
+    @staticmethod
+    def forward(ctx: Any, latent: Tensor, scales: Tensor, width: int, group: int, dtype: torch.dtype) -> Tensor:
+        levels = nearest_levels(latent, width).to(dtype)
+        ctx.save_for_backward(levels, scales)
+        ctx.group = group
+        return _scaled(levels, scales, group)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        levels, scales = ctx.saved_tensors
+        wrt_scales = in_groups(gradient * levels, ctx.group)
+        return _scaled(gradient, scales, ctx.group).float(), wrt_scales.float(), None, None, None
+
+
+def _scaled(values: Tensor, scales: Tensor, group: int) -> Tensor:
+    """values (out, in) times the scale of their row and group, in the dtype of `values`."""
+    scales = scales.to(values.dtype)[:, :, None]
+    whole = values.shape[1] // group
+    result = torch.empty_like(values)
+    end = whole * group
+    for part, target, factor in (
+        (values[:, :end].unflatten(1, (whole, group)), result[:, :end].unflatten(1, (whole, group)), scales[:, :whole]),
+        (values[:, None, end:], result[:, None, end:], scales[:, whole:]),
+    ):
+        if target.numel():
+            torch.mul(part, factor, out=target)
+    return result
+
+
+def straight_through(latent: Tensor, scales: Tensor, width: int, dtype: torch.dtype, group: int = GROUP) -> Tensor:
+    """The weight s·ℓ(latent), differentiable in both.
+
+    latent: float32 (out, in), weights in units of their scale. scales: float32 (out, groups). dtype: of the result.
+    """
+    return _StraightThrough.apply(latent, scales, width, group, dtype)  # type: ignore[no-untyped-call]

@@ -1,0 +1,191 @@
+"""The method `bellbit`: column scales, codes, block reconstruction and distillation, one after the other.
+
+docs/method.md explains the rungs. Each can be left out; what is left stands on those before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bellbit.core.columns import Start, column_scales
+from bellbit.core.grid import first_codes
+from bellbit.core.hessian import InverseFactor, inverse_factor
+from bellbit.packed.linear import PackedLinear
+from bellbit.ptq.budget import allocate, rounding_losses
+from bellbit.ptq.collect import group_hessians
+from bellbit.ptq.distill import distill, teacher_states
+from bellbit.ptq.families import Family, InputGroup, fold_along_chain, fold_column_scales, shared_by_heads
+from bellbit.ptq.latent import LatentLinear, latent_linears
+from bellbit.ptq.loop import Progress, Run, relative_error, weight_of
+from bellbit.ptq.methods import Settings
+from bellbit.ptq.reconstruct import Rates, reconstruct
+from bellbit.ptq.stream import BlockStream
+
+TOGETHER = 4  # windows that go through a block at once where nothing is trained
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is trained. epochs: of each block, over the windows. distilled: epochs of distillation.
+
+    latents: rate of the latents in distillation; 0 trains scales and norms only.
+    """
+
+    epochs: int
+    distilled: int
+    latents: float
+
+
+EFFORTS = {
+    "fast": Effort(epochs=4, distilled=0, latents=0.0),
+    "balanced": Effort(epochs=8, distilled=2, latents=0.0),
+    "best": Effort(epochs=8, distilled=8, latents=0.003),
+}
+MEASURED = 2  # windows that the bit budget is made by
+HELD_BACK = 16  # one window of so many, at least one, is kept to stop by
+DISTILL_COST = 1.5  # an epoch of distillation over one of reconstruction; only the progress bar depends on it
+BLOCK_RATES = Rates(latents=0.015, relative=0.01)
+DISTILL_RELATIVE = 0.003
+
+
+@torch.no_grad()
+def climb(
+    model: Any, family: Family, settings: Settings, windows: Tensor, device: str, seed: int, progress: Progress
+) -> Run:
+    """Replace the linears of every decoder block by packed ones, in place.
+
+    settings: resolved for `family`. windows: token ids (samples, length), the last few held back from training.
+    seed: of the order of the windows.
+    """
+    effort, run = EFFORTS[settings.effort], Run()
+    bf16 = bf16_pays(device)
+    held_back = max(1, len(windows) // HELD_BACK)
+    blocks: list[nn.Module] = list(model.get_submodule(family.blocks).children())
+    epochs = effort.epochs if "blocks" in settings.rungs else 0
+    distilled = effort.distilled if "distill" in settings.rungs else 0
+    share = 1 / (1 + distilled * DISTILL_COST / max(1, epochs))  # of the time, for the blocks
+
+    widths = _widths(model, family, settings, windows, bf16, lambda done: progress(0.05 * done, "bit budget"))
+    states = teacher_states(model, windows, bf16) if distilled else None
+    stream = BlockStream(model, blocks, windows, device, TOGETHER)
+    targets = stream.inputs.clone()
+    for index, block in enumerate(blocks):
+        name = f"{family.blocks}.{index}"
+
+        def report(done: float, what: str = "reconstruction", index: int = index) -> None:
+            progress(share * (index + done) / len(blocks), f"block {index + 1}/{len(blocks)}: {what}")
+
+        report(0, "codes")
+        block.to(device)
+        stream.run(block, targets, ignore)
+        hessians = group_hessians(stream, block, family, settings, name, ignore)
+        if "columns" in settings.rungs:
+            fold_columns(block, family, hessians, settings.columns, _head_dim(model.config))
+        for group in family.groups:
+            factor = inverse_factor(hessians[group]) if "codes" in settings.rungs else None
+            for linear in group.linears:
+                full = f"{name}.{linear}"
+                run.errors[full] = _enter(block, linear, hessians[group], factor, widths[full])
+            if factor is not None and factor.damping is None:
+                run.fallbacks += [f"{name}.{linear}" for linear in group.linears]
+        if epochs:
+            reconstruct(
+                block,
+                stream.caller(block),
+                stream.inputs,
+                targets,
+                held_back,
+                epochs,
+                BLOCK_RATES,
+                bf16,
+                torch.Generator().manual_seed(seed * len(blocks) + index),
+                report,
+            )
+        if index < len(blocks) - 1:
+            stream.run(block, stream.inputs, ignore)
+    if states is not None:
+        distill(
+            model,
+            windows,
+            states,
+            held_back,
+            distilled * (len(windows) - held_back),
+            Rates(effort.latents, DISTILL_RELATIVE),
+            bf16,
+            torch.Generator().manual_seed(seed),
+            lambda done, loss: progress(share + (1 - share) * done, f"distillation, KL {loss:.3f}"),
+        )
+    for name, layer in latent_linears(model).items():
+        model.set_submodule(name, PackedLinear.holding(layer.packed(), bias=layer.bias))
+    return run
+
+
+def ignore(_: float) -> None:
+    """No report."""
+
+
+def bf16_pays(device: str) -> bool:
+    """Whether products of bfloat16 are faster than those of float32 there."""
+    return torch.cpu._is_avx512_bf16_supported() if device == "cpu" else torch.cuda.is_bf16_supported()
+
+
+def _head_dim(config: Any) -> int:
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def fold_columns(
+    block: nn.Module, family: Family, hessians: dict[InputGroup, Tensor], start: Start, head_dim: int
+) -> None:
+    """Scale the columns of every linear that something exact can be folded into, and `hessians` with them, in place."""
+    sources = {target: (source, target) for source, target in family.chains}
+    for group in family.groups:
+        weight = torch.cat([weight_of(block, name) for name in group.linears])
+        importance = hessians[group].diagonal()
+        if group.norm is not None:
+            scales = column_scales(weight, importance, start)
+            fold_column_scales(block, group, scales, family.norm_offset)
+        elif (chain := sources.get(group.linears[0])) is not None:
+            rows = len(weight_of(block, chain[0]))
+            own = column_scales(*_heads_as_rows(weight, importance, rows, head_dim), start)
+            fold_along_chain(block, chain, own, head_dim)
+            scales = shared_by_heads(own, weight.shape[1], head_dim)
+        else:
+            continue
+        hessians[group] /= scales[:, None] * scales
+
+
+def _heads_as_rows(weight: Tensor, importance: Tensor, columns: int, head_dim: int) -> tuple[Tensor, Tensor]:
+    """A weight with the heads that read the same columns one below the other: (out·repeat, columns), and (columns,)."""
+    repeat = weight.shape[1] // columns
+    if repeat == 1:
+        return weight, importance
+    heads = weight.unflatten(1, (-1, repeat, head_dim)).transpose(1, 2)  # (out, repeat, heads, head_dim)
+    return heads.reshape(-1, columns), importance.unflatten(0, (-1, repeat, head_dim)).mean(dim=1).flatten()
+
+
+def _enter(block: nn.Module, linear: str, hessian: Tensor, factor: InverseFactor | None, width: int) -> float:
+    """Give a linear its first codes, as a layer to be trained; returns its relative output error."""
+    old: Any = block.get_submodule(linear)
+    weight = old.weight.detach().float()
+    layer = LatentLinear(weight, *first_codes(weight, factor, width), width, old.bias)
+    block.set_submodule(linear, layer)
+    return relative_error(weight, layer.weight(), hessian)
+
+
+def _widths(
+    model: Any, family: Family, settings: Settings, windows: Tensor, bf16: bool, report: Callable[[float], None]
+) -> dict[str, int]:
+    """Bits of every linear by name, under the budget."""
+    count = len(model.get_submodule(family.blocks))
+    names = [f"{family.blocks}.{i}.{name}" for i in range(count) for group in family.groups for name in group.linears]
+    shapes = {name: weight_of(model, name).shape for name in names}
+    alike = allocate(shapes, dict.fromkeys(names, 0.0), settings.bpw)
+    base = min(alike.values())
+    if max(alike.values()) == base:
+        return alike
+    return allocate(shapes, rounding_losses(model, names, windows[:MEASURED], base, bf16, report), settings.bpw)

@@ -1,0 +1,53 @@
+"""A linear layer while the ladder trains it: float latents that stand for codes, and the scales of their groups."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from bellbit.core.grid import nearest_levels, spread, straight_through
+from bellbit.packed.tensor import PackedTensor
+from bellbit.ptq.methods import pack_levels
+
+MARGIN = 0.05  # how far inside its cell a latent starts whose code is not that of its weight, in units of the scale
+
+
+class LatentLinear(nn.Module):
+    """y = x·Ŵᵀ + bias, Ŵ = s·ℓ(latent) on the symmetric grid of `width` bits; trained straight through.
+
+    latent: float32 (out, in), in units of the scale. log_scales: logarithm of s, float32 (out, groups).
+    """
+
+    def __init__(self, weight: Tensor, levels: Tensor, scales: Tensor, width: int, bias: Tensor | None) -> None:
+        """weight: (out, in), what the latents start from. levels: (out, in), the codes that they must stand for."""
+        super().__init__()
+        self.width = width
+        low = levels - 0.5
+        relative = weight / spread(scales, weight.shape[1])
+        inside = nearest_levels(relative, width) == levels
+        self.latent = nn.Parameter(torch.where(inside, relative, relative.clamp(low + MARGIN, low + 1 - MARGIN)))
+        self.log_scales = nn.Parameter(scales.log())
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+
+    @property
+    def in_features(self) -> int:
+        return self.latent.shape[1]
+
+    def weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Ŵ (out, in)."""
+        return straight_through(self.latent, self.log_scales.exp(), self.width, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        return nn.functional.linear(x, self.weight(dtype), self.bias)
+
+    @torch.no_grad()
+    def packed(self) -> PackedTensor:
+        """As it is stored."""
+        return pack_levels(nearest_levels(self.latent, self.width), self.log_scales.exp(), self.width)
+
+
+def latent_linears(model: nn.Module) -> dict[str, LatentLinear]:
+    """The layers in training of a model or block by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LatentLinear)}

@@ -1,0 +1,181 @@
+import pytest
+import torch
+from test_loop import windows
+
+from bellbit.core.hessian import inverse_factor
+from bellbit.packed.linear import packed_linears
+from bellbit.packed.planes import Sign128, Symmetric
+from bellbit.packed.tensor import mean_over_weights
+from bellbit.ptq import budget, ladder
+from bellbit.ptq.distill import divergence
+from bellbit.ptq.families import FAMILIES, fold_along_chain, shared_by_heads
+from bellbit.ptq.ladder import climb
+from bellbit.ptq.latent import LatentLinear
+from bellbit.ptq.methods import RUNGS, Settings
+from bellbit.ptq.reconstruct import robust_error
+from bellbit.ptq.sampling import sampled_windows
+from conftest import CONFIGS, byte_tokenizer, random_model
+
+
+def climbed(name="llama", tokens=None, seed=0, **options):
+    model = random_model(CONFIGS[name]())
+    settings = Settings("bellbit", **{"effort": "fast"} | options).resolved(FAMILIES[name])
+    tokens = windows(8, 32) if tokens is None else tokens
+    run = climb(model, FAMILIES[name], settings, tokens, "cpu", seed, lambda *_: None)
+    return model, run
+
+
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+def test_factors_move_along_chains_without_a_change(name):
+    model = random_model(CONFIGS[name]()).double()
+    family = FAMILIES[name]
+    tokens = windows(2, 40)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        before = model(tokens).logits
+        for block in model.get_submodule(family.blocks):
+            for chain in family.chains:
+                rows = block.get_submodule(chain[0]).weight.shape[0]
+                fold_along_chain(block, chain, torch.rand(rows, generator=generator).double() + 0.5, 32)
+        after = model(tokens).logits
+    tolerance = 1e-5 if name == "gemma3_text" else 1e-9  # its norms are in float32 always
+    assert (after - before).abs().max() < tolerance * before.abs().max()
+
+
+def test_values_are_repeated_for_the_heads_that_read_them():
+    assert shared_by_heads(torch.arange(4), 8, head_dim=2).tolist() == [0, 1, 0, 1, 2, 3, 2, 3]
+
+
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+def test_column_scales_and_their_hessians_leave_the_output_error_as_it_is(name):
+    """Folding changes W to W·D and H to D⁻¹·H·D⁻¹, so W·H·Wᵀ stays, unless rows of W were scaled too."""
+    model = random_model(CONFIGS[name]())
+    family = FAMILIES[name]
+    block = model.get_submodule(family.blocks)[0]
+    scaled_rows = {source for source, _ in family.chains}
+    generator = torch.Generator().manual_seed(0)
+    hessians, before = {}, {}
+    for group in family.groups:
+        x = torch.randn(300, block.get_submodule(group.linears[0]).weight.shape[1], generator=generator)
+        hessians[group] = x.t() @ x
+        for linear in group.linears:
+            weight = block.get_submodule(linear).weight.detach()
+            before[linear] = ((weight @ hessians[group]) * weight).sum()
+    ladder.fold_columns(block, family, hessians, "mean", 32)
+    for group in family.groups:
+        for linear in set(group.linears) - scaled_rows:
+            weight = block.get_submodule(linear).weight.detach()
+            torch.testing.assert_close(((weight @ hessians[group]) * weight).sum(), before[linear], rtol=1e-3, atol=0)
+
+
+def test_a_latent_linear_starts_with_the_codes_it_is_given_and_packs_them():
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(6, 200, generator=generator)
+    for width, layout in ((1, Sign128), (3, Symmetric)):
+        levels = torch.randint(0, 2**width, (6, 200), generator=generator) - (2**width - 1) / 2
+        scales = torch.rand(6, 2, generator=generator).half().float() + 0.5
+        layer = LatentLinear(weight, levels, scales, width, None)
+        expected = levels * scales.repeat_interleave(128, dim=1)[:, :200]
+        torch.testing.assert_close(layer.weight(), expected)
+        packed = layer.packed()
+        assert isinstance(packed, layout)
+        torch.testing.assert_close(packed.dequantize(), expected, rtol=1e-3, atol=0)
+        x = torch.randn(3, 200, generator=generator)
+        torch.testing.assert_close(layer(x), x @ expected.t(), rtol=1e-4, atol=1e-4)
+
+
+def test_the_robust_error_counts_every_token_alike():
+    target = torch.tensor([[3.0, 4.0], [300.0, 400.0]])
+    output = target + torch.tensor([[0.0, 1.0], [100.0, 0.0]])
+    assert float(robust_error(output, target)) == pytest.approx((1 / 25 + 1 / 25) / 2)
+
+
+@pytest.mark.parametrize("tokens", [5, 300])
+def test_divergence_and_its_gradient_are_those_of_the_composed_formula(tokens):
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, tokens, 16, generator=generator)
+    head = torch.randn(40, 16, generator=generator)
+    student.requires_grad_(True)
+    p, q = (torch.log_softmax(x @ head.t(), dim=-1) for x in (teacher, student))
+    expected = torch.nn.functional.kl_div(q, p, log_target=True, reduction="sum") / tokens
+    (wanted,) = torch.autograd.grad(expected, student)
+    found = divergence(student, teacher, head)
+    (gradient,) = torch.autograd.grad(2 * found, student)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(gradient, 2 * wanted)
+
+
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+def test_every_linear_is_one_bit(name):
+    model, run = climbed(name)
+    layers = packed_linears(model)
+    count = sum(len(group.linears) for group in FAMILIES[name].groups)
+    assert len(layers) == 2 * count == len(run.errors)
+    assert {type(layer.packed) for layer in layers.values()} == {Sign128}
+    assert run.fallbacks == []
+    assert not any(p.requires_grad and p.grad is not None for p in model.parameters())
+
+
+def test_every_rung_comes_nearer_to_the_float_model():
+    tokens = windows(24, 64)
+    with torch.no_grad():
+        expected = random_model(CONFIGS["llama"]())(tokens).logits.log_softmax(-1)
+    found = []
+    for rungs in ((), RUNGS[:2], RUNGS[:3], RUNGS):
+        model, _ = climbed(tokens=tokens, rungs=rungs, effort="balanced")
+        with torch.no_grad():
+            logits = model(tokens).logits.log_softmax(-1)
+        found.append(
+            float(torch.nn.functional.kl_div(logits, expected, log_target=True, reduction="sum")) / tokens.numel()
+        )
+    assert found == sorted(found, reverse=True)
+
+
+def test_the_same_seed_gives_the_same_bytes():
+    tensors = []
+    for _ in range(2):
+        model, _ = climbed(effort="best")
+        tensors.append([t for layer in packed_linears(model).values() for t in layer.packed.tensors.values()])
+    assert all(torch.equal(a, b) for a, b in zip(*tensors, strict=True))
+
+
+def test_the_budget_goes_to_what_gains_most_and_is_kept():
+    shapes = {"a": (100, 128), "b": (100, 128), "c": (50, 128), "d": (100, 64)}
+    losses = {"a": 1.0, "b": 3.0, "c": 2.0, "d": 0.1}
+    widths = budget.allocate(shapes, losses, bpw=1.7)
+    # of 38 400 weights; codes may take 1.7 bits of each less the scales' 16/128, for d 16/64
+    assert widths == {"a": 1, "b": 2, "c": 2, "d": 1}
+    assert set(budget.allocate(shapes, losses, bpw=1.125).values()) == {1}
+    assert set(budget.allocate(shapes, losses, bpw=3.125).values()) == {2, 3}
+
+
+@pytest.mark.parametrize("bpw", [1.3, 2.4])
+def test_stored_bits_are_within_the_budget(bpw):
+    model, _ = climbed(bpw=bpw)
+    packed = [layer.packed for layer in packed_linears(model).values()]
+    stored = mean_over_weights(packed, lambda weight: weight.bits_per_weight)
+    assert bpw - 0.15 < stored <= bpw
+    assert {weight.nominal_bits for weight in packed} == {int(bpw), int(bpw) + 1}
+
+
+def test_a_hessian_beyond_repair_falls_back_and_is_told(monkeypatch):
+    monkeypatch.setattr(ladder, "inverse_factor", lambda h: inverse_factor(-h))
+    _, run = climbed(rungs=("codes",))
+    assert len(run.fallbacks) == 14
+
+
+def test_sampled_windows_come_from_the_model_and_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("BELLBIT_CACHE", str(tmp_path))
+    model = random_model(CONFIGS["llama"]())
+    found = sampled_windows(model, byte_tokenizer(), 3, 20, seed=1, report=lambda share: None)
+    assert found.shape == (3, 20)
+    assert found[:, 0].tolist() == [256] * 3
+    again = sampled_windows(model, byte_tokenizer(), 3, 20, seed=1, report=lambda share: None)
+    assert torch.equal(found, again)
+    assert len(list((tmp_path / "self").iterdir())) == 1
+    # a likely token is drawn more often than by chance: mean log-probability above that of uniform draws
+    with torch.no_grad():
+        logits = model(found).logits[:, :-1].log_softmax(-1)
+    assert float(logits.gather(2, found[:, 1:, None]).mean()) > float(logits.mean()) + 1
+    other = sampled_windows(model, byte_tokenizer(), 3, 20, seed=2, report=lambda share: None)
+    assert not torch.equal(found, other)
