@@ -50,7 +50,8 @@ def main() -> None:
         err_console.print(f"[bold red]error:[/] {_escape(str(error))}", soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:
-        left = "--resume goes on from the last checkpoint" if "pretrain" in arguments else "nothing was written"
+        resumable = {"pretrain", "bellbit"} & set(arguments)
+        left = "--resume goes on from what is done" if resumable else "nothing was written"
         err_console.print(f"interrupted; {left}")
         sys.exit(130)
     except Exception as error:
@@ -129,6 +130,7 @@ def quantize(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     figures: Annotated[Path | None, typer.Option(help="Draw some layers before and after into this directory.")] = None,
+    resume: Annotated[bool, typer.Option(help="Go on with the run in OUT.partial (bellbit).")] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace OUT if it exists.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -169,6 +171,7 @@ def quantize(
             device=device,
             dtype=dtype,
             overwrite=overwrite,
+            resume=resume,
             progress=progress,
             observer=drawing,
         )

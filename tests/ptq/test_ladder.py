@@ -3,6 +3,7 @@ import torch
 from test_loop import windows
 
 from bellbit.core.hessian import inverse_factor
+from bellbit.errors import BellbitError
 from bellbit.packed.linear import packed_linears
 from bellbit.packed.planes import Sign128, Symmetric
 from bellbit.packed.tensor import mean_over_weights
@@ -13,15 +14,16 @@ from bellbit.ptq.ladder import climb
 from bellbit.ptq.latent import LatentLinear
 from bellbit.ptq.methods import RUNGS, Settings
 from bellbit.ptq.reconstruct import robust_error
+from bellbit.ptq.resume import Saved, fingerprint
 from bellbit.ptq.sampling import sampled_windows
 from conftest import CONFIGS, byte_tokenizer, random_model
 
 
-def climbed(name="llama", tokens=None, seed=0, **options):
+def climbed(name="llama", tokens=None, seed=0, saved=None, progress=lambda *_: None, **options):
     model = random_model(CONFIGS[name]())
     settings = Settings("bellbit", **{"effort": "fast"} | options).resolved(FAMILIES[name])
     tokens = windows(8, 32) if tokens is None else tokens
-    run = climb(model, FAMILIES[name], settings, tokens, "cpu", seed, lambda *_: None)
+    run = climb(model, FAMILIES[name], settings, tokens, "cpu", seed, progress, saved or Saved(None, {}, False, False))
     return model, run
 
 
@@ -74,7 +76,7 @@ def test_a_latent_linear_starts_with_the_codes_it_is_given_and_packs_them():
     for width, layout in ((1, Sign128), (3, Symmetric)):
         levels = torch.randint(0, 2**width, (6, 200), generator=generator) - (2**width - 1) / 2
         scales = torch.rand(6, 2, generator=generator).half().float() + 0.5
-        layer = LatentLinear(weight, levels, scales, width, None)
+        layer = LatentLinear.starting(weight, levels, scales, width, None)
         expected = levels * scales.repeat_interleave(128, dim=1)[:, :200]
         torch.testing.assert_close(layer.weight(), expected)
         packed = layer.packed()
@@ -137,6 +139,60 @@ def test_the_same_seed_gives_the_same_bytes():
         model, _ = climbed(effort="best")
         tensors.append([t for layer in packed_linears(model).values() for t in layer.packed.tensors.values()])
     assert all(torch.equal(a, b) for a, b in zip(*tensors, strict=True))
+
+
+@pytest.mark.parametrize("stop", [0.2, 0.45, 0.75, 0.99])
+def test_a_run_cut_off_anywhere_goes_on_to_the_same_bytes(tmp_path, stop):
+    class Cut(Exception):
+        pass
+
+    def cut(share, text):
+        if share > stop:
+            raise Cut
+
+    expected, _ = climbed(effort="best")
+    with pytest.raises(Cut):
+        climbed(effort="best", saved=Saved(tmp_path / "partial", {}, False, False), progress=cut)
+    done = []
+    found, run = climbed(
+        effort="best",
+        saved=Saved(tmp_path / "partial", {}, True, False),
+        progress=lambda share, text: done.append(share) if "reconstruction" in text else None,
+    )
+    assert len(run.errors) == 14
+    assert stop < 0.5 or not done, "blocks that are done are not trained again"
+    for name, layer in packed_linears(expected).items():
+        other = packed_linears(found)[name]
+        assert all(torch.equal(a, other.packed.tensors[key]) for key, a in layer.packed.tensors.items())
+    for (_, a), (_, b) in zip(expected.named_parameters(), found.named_parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_run_is_resumed_only_by_its_like(tmp_path):
+    Saved(tmp_path / "x", {"seed": 1, "model": "a"}, resume=False, overwrite=False).keep(
+        "one", {"t": torch.ones(2)}, n=3
+    )
+    with pytest.raises(
+        BellbitError, match=r"holds an unfinished run: --resume goes on with it, --overwrite starts again"
+    ):
+        Saved(tmp_path / "x", {"seed": 1, "model": "a"}, resume=False, overwrite=False)
+    with pytest.raises(BellbitError, match=r"--resume: seed was 1 in .* and is 2 now"):
+        Saved(tmp_path / "x", {"seed": 2, "model": "a"}, resume=True, overwrite=False)
+    again = Saved(tmp_path / "x", {"seed": 1, "model": "a"}, resume=True, overwrite=False)
+    tensors, notes = again.load("one")
+    assert (tensors["t"].tolist(), notes) == ([1, 1], {"n": 3})
+    assert again.load("two") is None
+    assert Saved(tmp_path / "x", {"seed": 2}, resume=False, overwrite=True).load("one") is None
+    again.remove()
+    assert not (tmp_path / "x").exists()
+
+
+def test_fingerprints_tell_models_apart():
+    model = random_model(CONFIGS["llama"]())
+    before = fingerprint(model)
+    with torch.no_grad():
+        model.model.norm.weight[0] += 1e-3
+    assert fingerprint(model) != before
 
 
 def test_the_budget_goes_to_what_gains_most_and_is_kept():

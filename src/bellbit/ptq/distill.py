@@ -6,9 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from bellbit.ptq.reconstruct import Rates, cosine, parameter_groups, training
+from bellbit.ptq.fit import Plan, fit
+from bellbit.ptq.resume import Saved
 
 TOKENS_AT_ONCE = 256  # through the head: two arrays of logits of 256 × 49152 are 100 MB
 
@@ -47,67 +48,37 @@ def divergence(student: Tensor, teacher: Tensor, head: Tensor) -> Tensor:
 
 @torch.no_grad()
 def teacher_states(model: Any, windows: Tensor, bf16: bool) -> Tensor:
-    """Last hidden states of the full-precision model, what a few tens of thousands of logits come from: bfloat16 or
-    the model's dtype, (windows, length, width)."""
+    """Last hidden states, as they enter the head: (windows, length, width), in bfloat16 with `bf16`.
+
+    They are what all logits come from, at a hundredth of their size.
+    """
     states = []
     for window in windows:
         with torch.autocast(windows.device.type, torch.bfloat16, enabled=bf16):
-            states.append(model.base_model(input_ids=window[None], use_cache=False).last_hidden_state[0])
+            found = model.base_model(input_ids=window[None], use_cache=False).last_hidden_state[0]
+        states.append(found.bfloat16() if bf16 else found)
     return torch.stack(states)
 
 
-@torch.enable_grad()
 def distill(
     model: Any,
     windows: Tensor,
     states: Tensor,
-    held_back: int,
-    steps: int,
-    rates: Rates,
+    plan: Plan,
     bf16: bool,
-    generator: torch.Generator,
     report: Callable[[float, float], None],
-) -> tuple[float, float]:
-    """Train scales and norms, and with a rate for them the latents, one window a step; the best state stays.
+    saved: Saved,
+) -> list[float]:
+    """Train scales and norms of a whole model, and with a rate for them the latents, in place.
 
-    windows: int64 (n, length). states: of the teacher on them. held_back: how many windows, the last, are not trained
-    on. report: told the share of steps and the last divergence held back. Returns that before and after.
+    windows: int64 (n, length). states: of the teacher on them. Returns the mean divergence on the windows held back,
+    nats, before training and after every epoch.
     """
-    train = len(windows) - held_back
-    head = model.get_output_embeddings().weight.detach()
-    if bf16:
-        head = head.bfloat16()
+    head = model.get_output_embeddings().weight.detach().to(states.dtype)
 
     def error(index: int) -> Tensor:
         with torch.autocast(windows.device.type, torch.bfloat16, enabled=bf16):
             own = model.base_model(input_ids=windows[index : index + 1], use_cache=False).last_hidden_state[0]
         return divergence(own, states[index], head)
 
-    def held() -> float:
-        with torch.no_grad():
-            return sum(float(error(i)) for i in range(train, len(windows))) / held_back
-
-    groups = parameter_groups(model, rates)
-    tuned = [p for group in groups for p in group["params"]]
-    first = best = held()
-    kept = [p.detach().clone() for p in tuned]
-    with training(model, groups) as optimizer:
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine(step, steps))
-        for step in range(steps):
-            if step % train == 0:
-                order = torch.randperm(train, generator=generator).tolist()
-            error(order[step % train]).backward()
-            nn.utils.clip_grad_norm_(tuned, 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
-            if (step + 1) % train == 0 or step + 1 == steps:
-                now = held()
-                if now < best:
-                    best = now
-                    kept = [p.detach().clone() for p in tuned]
-            report((step + 1) / steps, best)
-    with torch.no_grad():
-        for p, value in zip(tuned, kept, strict=True):
-            p.copy_(value)
-    return first, best
+    return fit(model, error, plan, report, saved)

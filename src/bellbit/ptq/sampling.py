@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from typing import Any
 
@@ -12,10 +11,10 @@ from torch import Tensor
 
 from bellbit.errors import BellbitError
 from bellbit.fetch import cache_dir
+from bellbit.ptq.resume import fingerprint
 
 SELF = "self"  # as --calib
 TOGETHER = 16  # windows sampled at once
-HASHED = 4096  # values of each tensor that tell one model from another
 
 
 @torch.no_grad()
@@ -28,10 +27,8 @@ def sampled_windows(
     """
     if tokenizer.bos_token_id is None:
         raise BellbitError("--calib self starts from the beginning-of-sequence token, which this tokenizer lacks")
-    digest = hashlib.sha256(repr((tokenizer.bos_token_id, samples, seq_len, seed)).encode())
-    for parameter in model.parameters():
-        digest.update(parameter.flatten()[:HASHED].float().cpu().numpy().tobytes())
-    file = cache_dir() / "self" / f"{digest.hexdigest()[:32]}.safetensors"
+    name = "-".join(map(str, (fingerprint(model), tokenizer.bos_token_id, samples, seq_len, seed)))
+    file = cache_dir() / "self" / f"{name}.safetensors"
     if file.exists():
         return load_file(file)["windows"]
     windows = torch.empty(samples, seq_len, dtype=torch.long)

@@ -1,0 +1,160 @@
+"""The training loop of the ladder's rungs: Adam over latents, scales and norms, stopped by windows held back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bellbit.ptq.latent import latent_linears
+from bellbit.ptq.resume import Saved
+
+WARM_UP = 0.05  # share of the steps
+LARGEST_NORM = 1.0  # of the gradient
+BETAS = (0.9, 0.95)
+_STEP = "fit"  # name of what is kept
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Of Adam. latents: in units of the scale. relative: of scales and norms, as a share of their size.
+
+    A rate of 0 leaves that kind as it is.
+    """
+
+    latents: float
+    relative: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """windows: how many there are, of which the last `held_back` are not trained on. seed: of their order."""
+
+    windows: int
+    held_back: int
+    epochs: int
+    rates: Rates
+    seed: int
+
+    @property
+    def trained(self) -> int:
+        return self.windows - self.held_back
+
+
+def parameter_groups(module: nn.Module, rates: Rates) -> list[dict[str, Any]]:
+    """What a rung trains: latents and scales of its `LatentLinear`s, the weights and biases of its norms."""
+    linears = latent_linears(module).values()
+    norms = [p for m in module.modules() if "Norm" in type(m).__name__ for p in m.parameters(recurse=False)]
+    groups: list[dict[str, Any]] = [
+        {"params": [layer.latent for layer in linears], "lr": rates.latents},
+        {"params": [layer.log_scales for layer in linears], "lr": rates.relative},
+        *({"params": [norm], "lr": rates.relative * float(norm.detach().abs().mean())} for norm in norms),
+    ]
+    return [group for group in groups if group["lr"] > 0]
+
+
+def cosine(step: int, steps: int) -> float:
+    """Share of the largest rate: up in the first 5 % of the steps, then half a cosine down to nothing."""
+    rise = max(1, round(WARM_UP * steps))
+    if step < rise:
+        return (step + 1) / rise
+    return (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise))) / 2
+
+
+class _State:
+    """Where a fit stands: what is trained, the best of it so far, and how many epochs are done."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, saved: Saved | None) -> None:
+        self.optimizer, self.saved = optimizer, saved
+        self.tuned: list[Tensor] = [p for group in optimizer.param_groups for p in group["params"]]
+        self.best: list[Tensor] = []
+        self.errors: list[float] = []
+
+    @property
+    def epochs(self) -> int:
+        return len(self.errors) - 1
+
+    def add(self, error: float) -> None:
+        """The error held back, before the first or after another epoch."""
+        if error < min(self.errors, default=math.inf):
+            self.best = [p.detach().clone() for p in self.tuned]
+        self.errors.append(error)
+        if self.saved is None:
+            return
+        tensors = {f"best.{i}": p for i, p in enumerate(self.best)} | {f"now.{i}": p for i, p in enumerate(self.tuned)}
+        for i, moments in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"adam.{i}.{name}": value for name, value in moments.items()}
+        self.saved.keep(_STEP, tensors, errors=self.errors)
+
+    @torch.no_grad()
+    def restore(self) -> bool:
+        """Go to where an earlier run stood; False if there was none."""
+        if self.saved is None or (found := self.saved.load(_STEP)) is None:
+            return False
+        tensors, notes = found
+        self.errors = notes["errors"]
+        for i, p in enumerate(self.tuned):
+            p.copy_(tensors[f"now.{i}"])
+        self.best = [tensors[f"best.{i}"] for i in range(len(self.tuned))]
+        state = self.optimizer.state_dict()
+        for key in (key for key in tensors if key.startswith("adam.")):
+            _, number, name = key.split(".")
+            state["state"].setdefault(int(number), {})[name] = tensors[key]
+        self.optimizer.load_state_dict(state)
+        return True
+
+    @torch.no_grad()
+    def put_best(self) -> None:
+        for p, value in zip(self.tuned, self.best, strict=True):
+            p.copy_(value)
+
+
+@torch.enable_grad()
+def fit(
+    module: nn.Module,
+    error: Callable[[int], Tensor],
+    plan: Plan,
+    report: Callable[[float, float], None],
+    saved: Saved | None = None,
+) -> list[float]:
+    """Train a module in place, one window a step; the best state by the windows held back stays.
+
+    error: of one window, a scalar. report: told the share of steps done and the least mean error held back. saved:
+    keeps the state of every epoch and takes up one that it has. Returns that error before training and after epochs.
+    """
+    groups = parameter_groups(module, plan.rates)
+    flags = {p: p.requires_grad for p in module.parameters()}
+    tuned = [p for group in groups for p in group["params"]]
+    for p in flags:
+        p.requires_grad_(any(p is t for t in tuned))
+    optimizer = torch.optim.Adam(groups, betas=BETAS, fused=True)
+    rates = [group["lr"] for group in groups]
+    steps = plan.epochs * plan.trained
+
+    def held() -> float:
+        with torch.no_grad():
+            return sum(float(error(i)) for i in range(plan.trained, plan.windows)) / plan.held_back
+
+    state = _State(optimizer, saved)
+    if not state.restore():
+        state.add(held())
+    for epoch in range(state.epochs, plan.epochs):
+        order = torch.randperm(plan.trained, generator=torch.Generator().manual_seed(plan.seed + epoch))
+        for step, index in enumerate(order.tolist(), start=epoch * plan.trained):
+            error(index).backward()
+            nn.utils.clip_grad_norm_(tuned, LARGEST_NORM)
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * cosine(step, steps)
+            optimizer.step()
+            optimizer.zero_grad()
+            report((step + 1) / steps, min(state.errors))
+        state.add(held())
+    state.put_best()
+    for p, flag in flags.items():
+        p.requires_grad_(flag)
+        p.grad = None
+    return state.errors

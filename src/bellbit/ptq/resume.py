@@ -1,0 +1,82 @@
+"""What a long run has done so far, kept on disk so that a killed one goes on from there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from bellbit.errors import BellbitError
+
+HASHED = 4096  # values of each tensor
+_FINGERPRINT, _NOTES = "run.json", "notes"
+
+
+def fingerprint(model: nn.Module) -> str:
+    """What tells one model from another: 16 hex digits of SHA-256 over the first values of every tensor."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(name.encode() + parameter.detach().flatten()[:HASHED].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+class Saved:
+    """Named steps of a run, each a set of tensors and some notes, in a folder of their own.
+
+    A step is there whole or not at all. Without a folder nothing is kept.
+    """
+
+    def __init__(self, folder: Path | None, fingerprint: Mapping[str, Any], resume: bool, overwrite: bool) -> None:
+        """fingerprint: what must be the same for a run to go on, as JSON has it.
+
+        Raises BellbitError if the folder is that of another run, or if there is a run and nobody said what to do.
+        """
+        self.folder = folder
+        if folder is None:
+            return
+        wanted = json.loads(json.dumps(fingerprint))
+        file = folder / _FINGERPRINT
+        if file.exists() and resume:
+            before = json.loads(file.read_text(encoding="utf-8"))
+            for name in [*wanted, *before]:
+                if wanted.get(name) != before.get(name):
+                    raise BellbitError(
+                        f"--resume: {name} was {before.get(name)!r} in {folder} and is {wanted.get(name)!r} now; give "
+                        "the same, or remove that folder to start again"
+                    )
+            return
+        if file.exists() and not overwrite:
+            raise BellbitError(f"{folder} holds an unfinished run: --resume goes on with it, --overwrite starts again")
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        file.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
+
+    def load(self, step: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """The tensors and notes of a step; None if it was not done."""
+        if self.folder is None or not (file := self.folder / f"{step}.safetensors").exists():
+            return None
+        with safe_open(file, framework="pt") as stored:
+            notes = json.loads(stored.metadata()[_NOTES])
+            return {name: stored.get_tensor(name) for name in stored.keys()}, notes  # noqa: SIM118
+
+    def keep(self, step: str, tensors: Mapping[str, Tensor], **notes: Any) -> None:
+        """Keep a step, in the place of an earlier one of that name."""
+        if self.folder is None:
+            return
+        file = self.folder / f"{step}.safetensors"
+        partial = file.with_suffix(".partial")
+        contents = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(contents, partial, metadata={_NOTES: json.dumps(notes)})
+        partial.replace(file)
+
+    def remove(self) -> None:
+        """The run is done."""
+        if self.folder is not None:
+            shutil.rmtree(self.folder)
