@@ -103,7 +103,9 @@ def _print_json(value: dict[str, Any]) -> None:
 def quantize(
     model: ModelArgument,
     out: Annotated[Path, typer.Argument(help="Directory of the packed checkpoint.")],
-    method: Annotated[str, typer.Option(help="bellbit, dbellquant, billm, gptq, rtn or sign.")] = "dbellquant",
+    method: Annotated[
+        str, typer.Option(help="bellbit, dbellquant, billm, arb, arb-x, arb-rc, pb-llm, gptq, rtn, sign.")
+    ] = "dbellquant",
     bpw: Annotated[
         float, typer.Option(help="Of bellbit: most bits per quantized weight, all that is stored; 1.125 to 4.125.")
     ] = 1.125,
@@ -112,9 +114,10 @@ def quantize(
         str, typer.Option(help="Of bellbit: which of its steps to take.")
     ] = "columns,codes,blocks,distill",
     columns: Annotated[str, typer.Option(help="Of bellbit: start of column scales: rank1, mean, none.")] = "rank1",
-    bits: Annotated[int, typer.Option(help="Bits per weight of gptq and rtn, 1 to 8, in groups of 128.")] = 2,
+    bits: Annotated[int, typer.Option(help="Bits per weight of gptq and rtn, 1 to 8.")] = 2,
     act_bits: Annotated[int, typer.Option(help="Bits of activations: 16, 8 or 6.")] = 16,
     block_size: Annotated[int, typer.Option(help="Columns that share scales.")] = 128,
+    bitmap: Annotated[bool, typer.Option(help="Of arb-rc: split the salient columns, too.")] = True,
     calib: Annotated[
         str, typer.Option(help="Text: wiki-sample, wikitext2, ptb, c4, a path, self, or several as a,b.")
     ] = "wiki-sample",
@@ -156,6 +159,7 @@ def quantize(
             effort=effort,
             rungs=tuple(rungs.split(",")),
             columns=columns,
+            bitmap=bitmap,
             act_bits=act_bits,
             block_size=block_size,
             calib=calib,

@@ -6,13 +6,17 @@ from hypothesis import strategies as st
 from bellbit import quantize_weight
 from bellbit.core.binarize import BinarizedBlock, reconstruct_block
 from bellbit.core.braq import braq
+from bellbit.core.partial import PartialBlock
+from bellbit.core.rowcolumn import RowColumnBlock
 from bellbit.core.uniform import UniformGroup, quantize_uniform
 from bellbit.errors import BellbitError
 from bellbit.packed.bits import pack_bits, packed_width, unpack_bits
 from bellbit.packed.codebook2 import Codebook2, from_shared_exponent, round_scales, shared_exponent
 from bellbit.packed.layouts import LAYOUTS
+from bellbit.packed.partial import Partial
 from bellbit.packed.plain import Float16, NormalFloat
 from bellbit.packed.planes import Bellbox, Sign128, Uniform
+from bellbit.packed.rowcolumn import RowColumn
 
 
 def weight_of(rows=24, columns=320, seed=0):
@@ -136,6 +140,48 @@ def test_golden_bytes_of_codebook2():
     assert eight.tensors["scales"].tolist() == [[[0, 16, -8, 32, 4, 64, 16]]]
     assert eight.tensors["exponents"].tolist() == [[129]]
     assert eight.dequantize().tolist() == expected
+
+
+@pytest.mark.parametrize("method", ["arb", "arb-x", "arb-rc", "pb-llm", "bellbit"])
+@pytest.mark.parametrize("columns", [7, 128, 200])
+def test_rivals_are_the_same_after_storage_and_every_byte_counts(method, columns):
+    x = torch.randn(300, columns, generator=torch.Generator().manual_seed(1))
+    for bitmap in (True, False):
+        packed = quantize_weight(weight_of(12, columns), x.t() @ x, method, bitmap=bitmap)
+        dense = packed.dequantize()
+        assert dense.shape == (12, columns)
+        again = LAYOUTS[packed.layout].build(packed.shape, packed.options, packed.tensors)
+        assert torch.equal(again.dequantize(), dense)
+        stored = sum(tensor.nbytes for tensor in packed.tensors.values())
+        assert packed.bits_per_weight == pytest.approx(8 * stored / dense.numel())
+
+
+def test_rowcolumn_by_hand():
+    """Two rows, four columns, the last two salient; every number a power of two, so that float16 is exact."""
+    signs = torch.tensor([[1, 0, 1, 0], [0, 0, 1, 1]], dtype=torch.bool)
+    residual = torch.tensor([[0, 0, 1, 1], [0, 0, 0, 1]], dtype=torch.bool)
+    salient = torch.tensor([0, 0, 1, 1], dtype=torch.bool)
+    for split in (False, True):
+        zone = torch.tensor([[0, 1, 0, 1], [1, 1, 1, 0]], dtype=torch.bool) & (~salient | split)
+        rows = torch.tensor([[1.0, 2, 4, 0.5, 8, 0.25], [2.0, 1, 2, 0.5, 1, 0.125]])[:, : 6 if split else 4]
+        columns = torch.tensor([[1.0, 2, 1, 2], [4, 8, 1, 2], [0, 0, 1, 0.5], [0, 0, 1, 0.5]])[: 4 if split else 2]
+        packed = RowColumn.pack([RowColumnBlock(signs, zone, residual, rows, columns, salient)], 128, split)
+        plain = [[1, -16, 4.5, -7], [-4, -8, 1.5, 5]]
+        mixed = [[1, -16, 4.5, -3.875], [-4, -8, 0.875, 5]]
+        assert packed.dequantize().tolist() == (mixed if split else plain)
+        assert packed.nominal_bits == 1.5
+        assert (packed.count, packed.residual is None) == (2 * split, not split)
+
+
+def test_partial_by_hand():
+    salient = torch.tensor([[1, 0, 0], [0, 1, 1]], dtype=torch.bool)
+    signs = torch.tensor([[0, 1, 0], [1, 0, 0]], dtype=torch.bool)
+    codes = torch.tensor([[7, 0, 0], [0, 0, 255]], dtype=torch.uint8)
+    scales = torch.tensor([[0.5, 0.25, -1.0], [2.0, 1.0, -128.0]])
+    packed = Partial.pack([PartialBlock(salient, signs, codes, scales)], 128)
+    assert packed.dequantize().tolist() == [[0.75, 0.5, -0.5], [2.0, -128.0, 127.0]]
+    assert packed.signs.tolist() == [0b101] and packed.codes.tolist() == [7, 0, 255]
+    assert packed.nominal_bits == 1 + 7 * 0.5
 
 
 def test_golden_bytes_of_uniform():

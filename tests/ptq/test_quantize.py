@@ -104,7 +104,10 @@ def nothing_is_left(folder):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "awq"}, "--method awq is not possible; allowed: bellbit, dbellquant, billm, gptq, rtn"),
+        (
+            {"method": "awq"},
+            "--method awq is not possible; allowed: bellbit, dbellquant, billm, arb, arb-x, arb-rc, pb-",
+        ),
         ({"act_bits": 7}, "--act-bits 7 is not possible; allowed: 16, 8, 6"),
         ({"metric": "fisher"}, "--metric fisher is not possible; allowed: hessian, magnitude"),
         ({"method": "gptq", "bits": 9}, "--bits 9 is not possible; allowed: 1 to 8"),

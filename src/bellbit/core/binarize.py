@@ -56,7 +56,8 @@ def binary_term(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return mean, masked_mean(centred.abs(), mask), centred >= 0
 
 
-def _signed(positive: Tensor) -> Tensor:
+def signed(positive: Tensor) -> Tensor:
+    """True and False as +1 and −1."""
     return positive.float() * 2 - 1
 
 
@@ -67,7 +68,7 @@ def binarize_block(weight: Tensor, salient: Tensor, sparse: Tensor) -> Binarized
     """
     columns = salient.expand_as(weight)
     mean1, scale1, sign1 = binary_term(weight, columns)
-    residual = weight - (mean1 + scale1 * _signed(sign1))
+    residual = weight - (mean1 + scale1 * signed(sign1))
     mean2, scale2, sign2 = binary_term(residual, columns)
 
     mean_c, scale_c, sign_c = binary_term(weight, ~sparse & ~columns)
@@ -83,7 +84,7 @@ def binarize_block(weight: Tensor, salient: Tensor, sparse: Tensor) -> Binarized
 
 def reconstruct_block(block: BinarizedBlock) -> Tensor:
     """The weights a `BinarizedBlock` stands for: float32 (r, c)."""
-    signs, second = _signed(block.signs), block.second
+    signs, second = signed(block.signs), block.second
     mean_c, scale_c, mean_s, scale_s, mean, scale1, scale2 = block.scales.float().split(1, dim=1)
     ordinary = torch.where(second, mean_s, mean_c) + torch.where(second, scale_s, scale_c) * signs
-    return torch.where(block.salient, mean + scale1 * signs + scale2 * _signed(second), ordinary)
+    return torch.where(block.salient, mean + scale1 * signs + scale2 * signed(second), ordinary)

@@ -24,7 +24,7 @@ def quantize_blocks(
     weight: Tensor,
     factor: InverseFactor | None,
     block_size: int,
-    quantize: Callable[[Tensor, Tensor | None], tuple[Code, Tensor]],
+    quantize: Callable[[Tensor, slice], tuple[Code, Tensor]],
     compensate: bool = True,
 ) -> list[Code]:
     """Quantize block after block, feeding each block's error E into the columns to its right.
@@ -33,8 +33,8 @@ def quantize_blocks(
 
     weight: float (out, in), not changed.
     factor: U of the layer; None only without compensation.
-    quantize: (current weights of the block (out, c), U restricted to the block (c, c) or None) -> its code, and
-        its error E (out, c): (W_j − Ŵ_j) / U_jj for each column j as it was when it was rounded.
+    quantize: (current weights of the block (out, c), its columns) -> its code, and its error E (out, c):
+        (W_j − Ŵ_j) / U_jj for each column j as it was when it was rounded.
     compensate: False leaves the columns to the right as they are.
     """
     codes = []
@@ -42,8 +42,7 @@ def quantize_blocks(
     if factor is not None:
         work[:, factor.dead] = 0
     for block in blocks(work.shape[1], block_size):
-        corner = None if factor is None else factor.upper[block, block]
-        code, error = quantize(work[:, block], corner)
+        code, error = quantize(work[:, block], block)
         codes.append(code)
         if compensate:
             assert factor is not None, "compensation needs the factor of the inverse Hessian"

@@ -75,8 +75,8 @@ def feedback_levels(weight: Tensor, factor: InverseFactor, width: int, group: in
     weight: float (out, in). Returns levels (out, in) and scales (out, groups).
     """
 
-    def quantize(current: Tensor, corner: Tensor | None) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        assert corner is not None
+    def quantize(current: Tensor, block: slice) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        corner = factor.upper[block, block]
         scale = fit_scales(current, corner.diagonal().square().reciprocal(), width, group)[:, 0]
         columns = current.t().contiguous()  # one column is one contiguous row
         levels, error = torch.empty_like(columns), torch.empty_like(columns)

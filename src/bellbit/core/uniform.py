@@ -49,11 +49,12 @@ def quantize_uniform(
     weight: float (out, in). bits: 1 … 8.
     """
 
-    def quantize(current: Tensor, corner: Tensor | None) -> tuple[UniformGroup, Tensor]:
+    def quantize(current: Tensor, block: slice) -> tuple[UniformGroup, Tensor]:
         scale, zero = fit_grid(current, bits)
-        if corner is None:
+        if factor is None:
             codes = round_to_grid(current, scale, zero, bits)
             return UniformGroup(codes.to(torch.uint8), scale, zero.to(torch.uint8)), current
+        corner = factor.upper[block, block]
         columns = current.t().contiguous()  # one column is one contiguous row
         codes, error = torch.empty_like(columns), torch.empty_like(columns)
         row_scale, row_zero = scale[:, 0], zero[:, 0]

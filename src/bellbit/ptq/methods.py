@@ -10,30 +10,36 @@ import torch
 from torch import Tensor
 
 from bellbit.core.activations import ACTIVATION_BITS, Scope
+from bellbit.core.arb import alternate, calibrate
+from bellbit.core.binarize import BinarizedBlock
 from bellbit.core.braq import braq
 from bellbit.core.columns import STARTS, Start
 from bellbit.core.grid import first_codes
 from bellbit.core.hessian import InverseFactor, inverse_factor
+from bellbit.core.partial import pb_llm
+from bellbit.core.rowcolumn import arb_rc
 from bellbit.core.search import METRICS, Metric
 from bellbit.core.signs import round_to_signs
 from bellbit.core.uniform import quantize_uniform
 from bellbit.errors import BellbitError
 from bellbit.packed.codebook2 import Codebook2, round_scales
+from bellbit.packed.partial import Partial
 from bellbit.packed.planes import Sign128, Symmetric, Uniform
+from bellbit.packed.rowcolumn import RowColumn
 from bellbit.packed.tensor import PackedTensor
 from bellbit.ptq.families import Family
 
 Ltdb = Literal["auto", "learn", "smooth", "off"]
 Effort = Literal["fast", "balanced", "best"]
 RUNGS = ("columns", "codes", "blocks", "distill")  # of the method bellbit, see docs/method.md
-GROUP_SIZE = 128  # of gptq and rtn
 
 
 @dataclass(frozen=True)
 class Settings:
     """What a quantization run can be told. Raises BellbitError for a value that is not possible.
 
-    bits: gptq and rtn only, 1 … 8. act_bits: 16, 8 or 6. block_size: columns per block. metric: of saliency.
+    bits: gptq and rtn only, 1 … 8. act_bits: 16, 8 or 6. block_size: columns per block, or group. metric: of saliency.
+    bitmap: whether arb-rc splits the salient columns as well.
     compensate: feed each block's error into the next ones. epsilon, ltdb_steps: of the column scales.
     ltdb: learn column scales, only smooth (T = T⁰), or leave out; `auto` as the published reference does for the
     family. act_scope: one activation step per token or per tensor; `auto` likewise. scale_bits: 16 or 8.
@@ -56,6 +62,7 @@ class Settings:
     effort: Effort = "balanced"
     rungs: tuple[str, ...] = RUNGS
     columns: Start = "rank1"
+    bitmap: bool = True
 
     def __post_init__(self) -> None:
         def require(holds: bool, option: str, value: object, allowed: str) -> None:
@@ -93,23 +100,37 @@ class Settings:
         return self.act_scope
 
 
+Quantize = Callable[[Tensor, InverseFactor | None, Settings], PackedTensor]
+
+
 @dataclass(frozen=True)
 class Method:
     """quantize: (weight (out, in), factor of the inverse Hessian or None, settings) -> packed weight.
 
     transforms: whether column scales are folded in first. calibrates: whether it needs Hessians, hence text.
-    saliency: whether it ranks columns by saliency. climbs: whether a model goes through `ptq.ladder`.
+    saliency: whether it ranks columns by saliency. needs_factor: whether it cannot do without a Hessian. climbs: whether a model goes through `ptq.ladder`.
     """
 
-    quantize: Callable[[Tensor, InverseFactor | None, Settings], PackedTensor]
+    quantize: Quantize
     transforms: bool = False
     calibrates: bool = True
     saliency: bool = False
+    needs_factor: bool = False
     climbs: bool = False
 
 
-def _braq(ordinary_order: Literal[1, 2]) -> Callable[[Tensor, InverseFactor | None, Settings], PackedTensor]:
+def _braq(ordinary_order: Literal[1, 2], refinement: Literal["none", "alternate", "calibrate"] = "none") -> Quantize:
     def quantize(weight: Tensor, factor: InverseFactor | None, settings: Settings) -> PackedTensor:
+        gram = None
+        if refinement == "calibrate":
+            assert factor is not None
+            gram = torch.cholesky_inverse(factor.upper, upper=True)
+
+        def refine(current: Tensor, block: BinarizedBlock, columns: slice) -> BinarizedBlock:
+            if refinement != "none":
+                block = alternate(current, block)
+            return block if gram is None else calibrate(current, block, gram[columns, columns])
+
         parts = braq(
             weight,
             factor,
@@ -117,6 +138,7 @@ def _braq(ordinary_order: Literal[1, 2]) -> Callable[[Tensor, InverseFactor | No
             block_size=settings.block_size,
             metric=settings.metric,
             compensate=settings.compensate,
+            refine=refine,
             store=lambda scales: round_scales(scales, settings.scale_bits),
         )
         return Codebook2.pack(parts, settings.block_size, settings.scale_bits)
@@ -125,8 +147,19 @@ def _braq(ordinary_order: Literal[1, 2]) -> Callable[[Tensor, InverseFactor | No
 
 
 def _uniform(weight: Tensor, factor: InverseFactor | None, settings: Settings) -> PackedTensor:
-    groups = quantize_uniform(weight, factor if settings.compensate else None, settings.bits, GROUP_SIZE)
-    return Uniform.pack(groups, settings.bits, GROUP_SIZE)
+    groups = quantize_uniform(weight, factor if settings.compensate else None, settings.bits, settings.block_size)
+    return Uniform.pack(groups, settings.bits, settings.block_size)
+
+
+def _arb_rc(weight: Tensor, factor: InverseFactor | None, settings: Settings) -> PackedTensor:
+    assert factor is not None
+    parts = arb_rc(weight, factor, settings.bitmap, settings.block_size)
+    return RowColumn.pack(parts, settings.block_size, settings.bitmap)
+
+
+def _pb_llm(weight: Tensor, factor: InverseFactor | None, settings: Settings) -> PackedTensor:
+    assert factor is not None
+    return Partial.pack(pb_llm(weight, factor, settings.block_size), settings.block_size)
 
 
 def _sign(weight: Tensor, factor: InverseFactor | None, settings: Settings) -> PackedTensor:
@@ -147,6 +180,10 @@ METHODS: dict[str, Method] = {
     "bellbit": Method(_grid, climbs=True),
     "dbellquant": Method(_braq(ordinary_order=1), transforms=True, saliency=True),
     "billm": Method(_braq(ordinary_order=2), saliency=True),
+    "arb": Method(_braq(ordinary_order=1, refinement="alternate"), saliency=True),
+    "arb-x": Method(_braq(ordinary_order=1, refinement="calibrate"), saliency=True, needs_factor=True),
+    "arb-rc": Method(_arb_rc, saliency=True, needs_factor=True),
+    "pb-llm": Method(_pb_llm, saliency=True, needs_factor=True),
     "gptq": Method(_uniform),
     "rtn": Method(_uniform, calibrates=False),
     "sign": Method(_sign, calibrates=False),
@@ -175,9 +212,11 @@ def quantize_weight(
     if not bool(weight.isfinite().all()):
         raise BellbitError("the weight holds NaN or infinite values")
     if hessian is None:
-        if METHODS[method].calibrates and (compensate or (METHODS[method].saliency and metric == "hessian")):
+        ranked = METHODS[method].saliency and metric == "hessian"
+        if METHODS[method].needs_factor or (METHODS[method].calibrates and (compensate or ranked)):
             raise BellbitError(
-                f"{method} needs a Hessian; only rtn, or compensate=False with metric='magnitude', does without"
+                f"{method} needs a Hessian; rtn and sign do without, and most others with compensate=False and "
+                "metric='magnitude'"
             )
         return METHODS[method].quantize(weight, None, settings)
     if hessian.shape != (weight.shape[1], weight.shape[1]) or not bool(hessian.isfinite().all()):
