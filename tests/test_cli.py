@@ -118,7 +118,7 @@ def test_inspect_shows_every_tensor_and_the_parts_of_its_bits(bellbit, quantized
         (["quantize", "MODEL", "OUT", "--act-bits", 7], "--act-bits 7 is not possible; allowed: 16, 8, 6"),
         (
             ["quantize", "MODEL", "OUT", "--method", "x"],
-            "--method x is not possible; allowed: dbellquant, billm, gptq, rtn",
+            "--method x is not possible; allowed: bellbit, dbellquant, billm, arb",
         ),
         (["quantize", "MODEL", "OUT", "--calib", "x"], "'x' is neither a file nor a known data set"),
         (["quantize", "./nowhere", "OUT"], "./nowhere is no model directory and no .gguf file"),

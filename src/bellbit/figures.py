@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bellbit.comparing import NONE, Row
 from bellbit.errors import BellbitError
 from bellbit.ptq.loop import GroupRecord
 
@@ -22,11 +24,7 @@ class Figures:
     """
 
     def __init__(self, folder: Path) -> None:
-        try:
-            import matplotlib
-        except ImportError:
-            raise BellbitError("--figures needs matplotlib: pip install 'bellbit[figures]'") from None
-        matplotlib.use("Agg")
+        _pyplot("--figures")
         if folder.exists() and not folder.is_dir():
             raise BellbitError(f"{folder} exists and is no directory; figures need one")
         self.folder = folder
@@ -86,6 +84,40 @@ class Figures:
         figure.savefig(path, dpi=110)
         pyplot.close(figure)
         self.drawn.append(path)
+
+
+def _pyplot(what: str) -> Any:
+    """matplotlib.pyplot, set to draw into files. Raises BellbitError if it is missing."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise BellbitError(f"{what} needs matplotlib: pip install 'bellbit[figures]'") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def draw_map(rows: Sequence[Row], text: str, path: Path) -> None:
+    """Perplexity on `text` over true bits per weight, one point a method; the model as it is as a line.
+
+    Raises BellbitError if matplotlib is missing.
+    """
+    pyplot = _pyplot("the figure")
+
+    figure, axis = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    for row in rows:
+        perplexity = row.perplexity[text]
+        if row.spec == NONE:
+            axis.axhline(perplexity, color=TARGET, linestyle="--", label="full precision")
+            continue
+        ours = row.spec.startswith("bellbit")
+        axis.scatter(row.bits_per_weight, perplexity, color=AFTER if ours else BEFORE, zorder=3 if ours else 2)
+        axis.annotate(row.spec, (row.bits_per_weight, perplexity), (4, 4), textcoords="offset points", fontsize="small")
+    axis.set(xlabel="stored bits per quantized weight", ylabel=f"perplexity on {text}", yscale="log")
+    axis.legend(fontsize="small")
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
 
 
 def _row_normalized(values: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
-"""Handing memory back that is free but still counted as the process's."""
+"""Memory: how much it was at most, and handing back what is free but still counted as the process's."""
 
 from __future__ import annotations
 
 import ctypes
+import sys
 
 
 def release_memory() -> None:
@@ -14,3 +15,10 @@ def release_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
     except (OSError, AttributeError, TypeError):  # no glibc: musl, macOS, Windows
         return
+
+
+def peak_memory() -> int:
+    """Bytes that this process had in memory at most."""
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from bellbit.comparing import Row as Compared
 from bellbit.demo import Demo
 from bellbit.inspection import Inspection, Row
 from bellbit.packed.gguf_export import Exported
@@ -96,6 +97,31 @@ def demo_table(demo: Demo) -> Table:
     ]
     header = ["", "perplexity", "bits/weight of linears", "of everything", "file"]
     return table("SmolLM2-135M-Instruct before and after", header, rows)
+
+
+def comparison_table(rows: Sequence[Compared]) -> Table:
+    """Methods side by side; perplexity, divergence and agreement for every text."""
+    texts = list(rows[0].perplexity)
+
+    def cells(row: Compared) -> list[str]:
+        found = [
+            cell
+            for text in texts
+            for cell in (
+                perplexity_text(row.perplexity[text]),
+                f"{row.divergence[text]:.3f}",
+                f"{100 * row.same_top[text]:.1f}",
+            )
+        ]
+        cost = [
+            "–" if row.seconds is None else f"{row.seconds:.0f}",
+            "–" if not row.peak_bytes else size(row.peak_bytes),
+        ]
+        return [row.spec, f"{row.bits_per_weight:.3f}", *found, *cost]
+
+    measured = [f"{what}, {text}" for text in texts for what in ("perplexity", "KL", "same top %")]
+    header = ["method", "bits/weight", *measured, "seconds", "peak memory"]
+    return table("Methods side by side", header, [cells(row) for row in rows])
 
 
 def export_table(out: str, tensors: Sequence[Exported]) -> Table:

@@ -106,7 +106,7 @@ def nothing_is_left(folder):
     [
         (
             {"method": "awq"},
-            "--method awq is not possible; allowed: bellbit, dbellquant, billm, arb, arb-x, arb-rc, pb-",
+            "--method awq is not possible; allowed: bellbit, dbellquant, billm, arb, ",
         ),
         ({"act_bits": 7}, "--act-bits 7 is not possible; allowed: 16, 8, 6"),
         ({"metric": "fisher"}, "--metric fisher is not possible; allowed: hessian, magnitude"),

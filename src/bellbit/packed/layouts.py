@@ -11,5 +11,5 @@ from bellbit.packed.tensor import PackedTensor
 
 LAYOUTS: dict[str, type[PackedTensor]] = {
     cls.layout: cls
-    for cls in (Codebook2, Sign128, Symmetric, Bellbox, Uniform, NormalFloat, Float16, RowColumn, Partial)
+    for cls in (Sign128, Symmetric, Codebook2, RowColumn, Partial, Uniform, Bellbox, NormalFloat, Float16)
 }

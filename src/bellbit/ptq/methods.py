@@ -108,7 +108,8 @@ class Method:
     """quantize: (weight (out, in), factor of the inverse Hessian or None, settings) -> packed weight.
 
     transforms: whether column scales are folded in first. calibrates: whether it needs Hessians, hence text.
-    saliency: whether it ranks columns by saliency. needs_factor: whether it cannot do without a Hessian. climbs: whether a model goes through `ptq.ladder`.
+    saliency: whether it ranks columns by saliency. needs_factor: whether it cannot do without a Hessian.
+    climbs: whether a model goes through `ptq.ladder`.
     """
 
     quantize: Quantize

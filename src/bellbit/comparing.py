@@ -1,0 +1,191 @@
+"""The map of methods: true bits, perplexity, nearness to full precision, time and memory."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bellbit.data import evaluation_windows, load_corpus
+from bellbit.errors import BellbitError
+from bellbit.evaluate import perplexity
+from bellbit.loading import load_config, load_model, load_tokenizer, locate, window_length
+from bellbit.memory import peak_memory
+from bellbit.ptq.methods import Settings
+from bellbit.ptq.quantize import quantize
+
+NONE = "none"  # the model as it is
+DEFAULT = (
+    NONE,
+    "sign",
+    "rtn:bits=2",
+    "gptq:bits=2",
+    "gptq:bits=2:block_size=64",
+    "gptq:bits=3",
+    "gptq:bits=4",
+    "billm",
+    "pb-llm",
+    "arb",
+    "arb-x",
+    "arb-rc",
+    "arb-rc:bitmap=no",
+    "dbellquant",
+    "bellbit",
+    "bellbit:bpw=2.4",
+    "bellbit:bpw=2.95",
+)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What every row of a comparison shares. data: what perplexity is measured on, several as a,b.
+
+    seq_len: of the windows, to calibrate and to measure. windows: at most so many to measure on.
+    """
+
+    model: str
+    data: str
+    seq_len: int | None
+    windows: int | None
+    calib: str
+    samples: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method. perplexity, divergence (mean KL from full precision, nats) and same_top (share of positions with the
+    same likeliest token) are by text. seconds, peak_bytes: of quantization, all included; None for the model as it is.
+    """
+
+    spec: str
+    bits_per_weight: float
+    perplexity: dict[str, float]
+    divergence: dict[str, float]
+    same_top: dict[str, float]
+    seconds: float | None
+    peak_bytes: int | None
+
+
+def parse(spec: str) -> tuple[str, dict[str, Any]]:
+    """A method and its settings from `METHOD:option=value:…`, options as `quantize` has them.
+
+    Raises BellbitError for a method, option or value that there is not.
+    """
+    method, *pairs = spec.split(":")
+    kinds: dict[str, Any] = {field.name: type(field.default) for field in fields(Settings)}
+    options: dict[str, Any] = {}
+    for pair in pairs:
+        name, _, value = pair.partition("=")
+        name = name.replace("-", "_")
+        kind = kinds.get(name)
+        if kind is None or name == "method":
+            raise BellbitError(f"--methods {spec}: there is no option {name!r}; there are {', '.join(list(kinds)[1:])}")
+        try:
+            if kind is bool:
+                options[name] = {"yes": True, "no": False, "true": True, "false": False}[value.lower()]
+            else:
+                options[name] = tuple(value.split("+")) if kind is tuple else kind(value)
+        except (ValueError, KeyError):
+            raise BellbitError(f"--methods {spec}: {value!r} is no value for {name}") from None
+    if method != NONE:
+        Settings(method, **options)
+    return method, options
+
+
+def compare(request: Request, specs: Iterable[str], out: Path, progress: Callable[[float, str], None]) -> list[Row]:
+    """Measure what `out`/compare.json lacks, row by row, and return all rows asked for.
+
+    Raises BellbitError if that file is of another request, or a row fails.
+    """
+    wanted = list(specs)
+    for spec in wanted:
+        parse(spec)
+    file = out / "compare.json"
+    known = json.loads(file.read_text()) if file.exists() else {"request": asdict(request), "rows": {}}
+    if known["request"] != asdict(request):
+        raise BellbitError(f"{file} is of another comparison: {known['request']}; give another --out, or remove it")
+    out.mkdir(parents=True, exist_ok=True)
+    for done, spec in enumerate(wanted):
+        progress(done / len(wanted), spec)
+        if spec not in known["rows"]:
+            known["rows"][spec] = asdict(_measure_apart(request, spec))
+            partial = file.with_suffix(".partial")
+            partial.write_text(json.dumps(known, indent=2) + "\n")
+            partial.replace(file)
+    return [Row(**known["rows"][spec]) for spec in wanted]
+
+
+def _measure_apart(request: Request, spec: str) -> Row:
+    """In a process of its own, so that its peak of memory is this row's alone."""
+    told = json.dumps({"request": asdict(request), "spec": spec})
+    done = subprocess.run([sys.executable, "-m", "bellbit.comparing"], input=told, capture_output=True, text=True)
+    if done.returncode != 0:
+        reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        raise BellbitError(f"{spec}: {reason}")
+    return Row(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def measure(request: Request, spec: str) -> Row:
+    """One row, here and now."""
+    method, options = parse(spec)
+    location = locate(request.model)
+    folder = Path(tempfile.mkdtemp(prefix="bellbit-compare-"))
+    bits, seconds, peak = 16.0, None, None
+    try:
+        if method != NONE:
+            report = quantize(
+                request.model,
+                folder / "out",
+                method,
+                calib=request.calib,
+                samples=request.samples,
+                seq_len=request.seq_len,
+                seed=request.seed,
+                **options,
+            )
+            bits, seconds, peak = report.bits_per_weight, report.seconds, peak_memory()
+        config = load_config(location)
+        original = load_model(location, "float32", config)
+        model = load_model(locate(str(folder / "out"))) if method != NONE else original
+        tokenizer = load_tokenizer(location)
+        length = window_length(config, request.seq_len)
+        found: dict[str, dict[str, float]] = {"perplexity": {}, "divergence": {}, "same_top": {}}
+        for source in request.data.split(","):
+            windows = evaluation_windows(load_corpus(source, "test"), tokenizer, length, request.windows)
+            found["perplexity"][source] = perplexity(model, windows).perplexity
+            found["divergence"][source], found["same_top"][source] = agreement(model, original, windows)
+        return Row(spec, bits, **found, seconds=seconds, peak_bytes=peak)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@torch.no_grad()
+def agreement(model: Any, original: Any, windows: Tensor) -> tuple[float, float]:
+    """Mean KL(original ‖ model) in nats, and the share of positions where both have the same likeliest token."""
+    if model is original:
+        return 0.0, 1.0
+    divergence, same = 0.0, 0
+    for window in windows:
+        p, q = (m(input_ids=window[None], use_cache=False).logits[0].float().log_softmax(-1) for m in (original, model))
+        same += int((p.argmax(-1) == q.argmax(-1)).sum())
+        q.neg_().add_(p)
+        divergence += float(q.mul_(p.exp_()).sum())
+    return divergence / windows.numel(), same / windows.numel()
+
+
+if __name__ == "__main__":
+    told = json.loads(sys.stdin.read())
+    try:
+        print(json.dumps(asdict(measure(Request(**told["request"]), told["spec"]))))
+    except BellbitError as error:
+        sys.exit(str(error))

@@ -1,0 +1,105 @@
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from bellbit import comparing
+from bellbit.comparing import DEFAULT, Request, agreement, compare, measure, parse
+from bellbit.errors import BellbitError
+from bellbit.evaluate import perplexity
+from bellbit.figures import draw_map
+from bellbit.report import comparison_table
+
+
+@pytest.fixture
+def request_(tiny_model, english):
+    return Request(str(tiny_model("llama")), f"{english}", 64, 4, str(english), samples=3, seed=0)
+
+
+def test_every_default_method_is_one():
+    assert len({parse(spec)[0] for spec in DEFAULT}) == 11
+
+
+@pytest.mark.parametrize(
+    ("spec", "options"),
+    [
+        ("gptq:bits=3:block-size=64", {"bits": 3, "block_size": 64}),
+        ("arb-rc:bitmap=no", {"bitmap": False}),
+        ("bellbit:bpw=2.4:rungs=columns+codes", {"bpw": 2.4, "rungs": ("columns", "codes")}),
+    ],
+)
+def test_methods_with_options_are_understood(spec, options):
+    assert parse(spec) == (spec.split(":")[0], options)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("awq", "--method awq is not possible"),
+        ("gptq:groups=3", "there is no option 'groups'; there are bits"),
+        ("gptq:bits=x", "'x' is no value for bits"),
+        ("arb-rc:bitmap=perhaps", "'perhaps' is no value for bitmap"),
+    ],
+)
+def test_what_is_no_method_is_told(spec, message, request_, tmp_path):
+    with pytest.raises(BellbitError, match=message):
+        compare(request_, [spec], tmp_path, lambda *_: None)
+
+
+def test_agreement_with_oneself_and_with_another(tiny_model):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model("llama")).eval()
+    other = AutoModelForCausalLM.from_pretrained(tiny_model("llama")).eval()
+    windows = torch.randint(256, (3, 20), generator=torch.Generator().manual_seed(0))
+    assert agreement(model, other, windows) == (pytest.approx(0, abs=1e-6), 1.0)
+    with torch.no_grad():
+        other.model.layers[1].mlp.down_proj.weight.mul_(0.5)
+        p, q = (m(windows).logits.log_softmax(-1).flatten(0, 1) for m in (model, other))
+    divergence, same = agreement(other, model, windows)
+    assert divergence == pytest.approx(float(torch.nn.functional.kl_div(q, p, log_target=True, reduction="batchmean")))
+    assert same == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).float().mean()))
+
+
+def test_a_row_is_what_its_method_gives(request_, tiny_model, monkeypatch):
+    row = measure(request_, "gptq:bits=4")
+    assert row.bits_per_weight == pytest.approx(4.2, abs=0.05)
+    text = request_.data
+    plain = measure(request_, "none")
+    assert (plain.bits_per_weight, plain.seconds, plain.divergence[text]) == (16, None, 0)
+    assert row.divergence[text] > 0 and row.perplexity[text] != plain.perplexity[text]
+    assert row.seconds > 0 and row.peak_bytes > 10**8
+    model = AutoModelForCausalLM.from_pretrained(tiny_model("llama")).eval()
+    from bellbit.data import evaluation_windows, load_corpus
+    from bellbit.loading import load_tokenizer, locate
+
+    windows = evaluation_windows(load_corpus(text, "test"), load_tokenizer(locate(request_.model)), 64, 4)
+    assert plain.perplexity[text] == perplexity(model, windows).perplexity
+
+
+def test_rows_are_kept_and_belong_to_their_request(request_, tmp_path, monkeypatch):
+    asked = []
+
+    def fake(request, spec):
+        asked.append(spec)
+        return comparing.Row(spec, 1.5, {request.data: 20.0}, {request.data: 0.1}, {request.data: 0.9}, 3.0, 10**9)
+
+    monkeypatch.setattr(comparing, "_measure_apart", fake)
+    compare(request_, ["sign"], tmp_path, lambda *_: None)
+    rows = compare(request_, ["none", "sign", "gptq:bits=2"], tmp_path, lambda *_: None)
+    assert asked == ["sign", "none", "gptq:bits=2"]
+    assert [row.spec for row in rows] == ["none", "sign", "gptq:bits=2"]
+    assert set(json.loads((tmp_path / "compare.json").read_text())["rows"]) == set(asked)
+    draw_map(rows, request_.data, tmp_path / "map.png")
+    assert (tmp_path / "map.png").stat().st_size > 5000
+    assert comparison_table(rows).row_count == 3
+    from dataclasses import replace
+
+    with pytest.raises(BellbitError, match="is of another comparison"):
+        compare(replace(request_, seed=1), ["sign"], tmp_path, lambda *_: None)
+
+
+def test_a_row_that_fails_is_named(request_, tmp_path):
+    from dataclasses import replace
+
+    with pytest.raises(BellbitError, match=r"gptq: .*too short: \d+ usable tokens found"):
+        compare(replace(request_, samples=10**6), ["gptq"], tmp_path, lambda *_: None)
