@@ -75,7 +75,7 @@ def test_files_that_hold_no_text_are_refused(tmp_path, name, content, message):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("wikitext3", "neither a file nor a known data set; known are wiki-sample, wikitext2, ptb, c4"),
+        ("wikitext3", "neither a file nor a known data set; known are wiki-sample, python-docs, wikitext2, ptb, c4"),
         ("{text}[a:b]", "slice bound 'a' .* is no number"),
         ("{text}[50%:10%]", "selects no text"),
         ("{text}[:nan%]", "slice bound 'nan%' .* is no number"),
@@ -195,3 +195,11 @@ def test_a_failing_download_names_the_cause_and_the_way_out(monkeypatch, tmp_pat
     ):
         fetch.fetch(fetch.SMOLLM2)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_parts_of_the_language_reference_make_up_the_whole():
+    topics = pytest.importorskip("pydoc_data.topics").topics
+    train, test = (load_corpus("python-docs", part) for part in ("train", "test"))
+    whole = "".join(topics[name] for name in sorted(topics))
+    assert "".join(train.documents + test.documents) == whole
+    assert len("".join(train.documents)) == pytest.approx(0.75 * len(whole), abs=1)

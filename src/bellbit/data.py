@@ -23,7 +23,7 @@ from bellbit.loading import first_line, quiet
 from bellbit.wikipedia import articles
 
 Part = Literal["train", "test"]
-TRAIN_SHARE = 0.75  # of wiki-sample
+TRAIN_SHARE = 0.75  # of texts that come without parts
 
 
 @dataclass(frozen=True)
@@ -153,13 +153,24 @@ def _c4(part: Part) -> Corpus:
     return Corpus("c4", documents, separator=" ", by_document=True, max_windows=256)
 
 
-def _wiki_sample(part: Part) -> Corpus:
-    whole = Corpus("wiki-sample", articles())
+def _part_of(whole: Corpus, part: Part) -> Corpus:
     return whole.cut(0, TRAIN_SHARE) if part == "train" else whole.cut(TRAIN_SHARE, 1)
+
+
+def _wiki_sample(part: Part) -> Corpus:
+    return _part_of(Corpus("wiki-sample", articles()), part)
+
+
+def _python_docs(part: Part) -> Corpus:
+    """The language reference as `help()` shows it: technical English that every Python carries, each its own version."""
+    from pydoc_data.topics import topics
+
+    return _part_of(Corpus("python-docs", [topics[name] for name in sorted(topics)]), part)
 
 
 SOURCES: dict[str, Callable[[Part], Corpus]] = {
     "wiki-sample": _wiki_sample,
+    "python-docs": _python_docs,
     "wikitext2": _wikitext2,
     "ptb": _ptb,
     "c4": _c4,
