@@ -162,7 +162,7 @@ def _wiki_sample(part: Part) -> Corpus:
 
 
 def _python_docs(part: Part) -> Corpus:
-    """The language reference as `help()` shows it: technical English that every Python carries, each its own version."""
+    """The language reference as `help()` shows it: technical English, of the version of Python that runs."""
     from pydoc_data.topics import topics
 
     return _part_of(Corpus("python-docs", [topics[name] for name in sorted(topics)]), part)
