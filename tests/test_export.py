@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -98,7 +99,9 @@ def checkpoint(tmp_path_factory):
             AutoModelForCausalLM.from_config(CONFIGS[name]()).save_pretrained(folder / "source")
             ascii_tokenizer().save_pretrained(folder / "source")
             made[name, method] = folder / "out"
-            bellbit.quantize(folder / "source", made[name, method], method)
+            text = folder / "text.txt"
+            text.write_text("".join(random.Random(0).choices("abcdefghijklm", k=4000)))
+            bellbit.quantize(folder / "source", made[name, method], method, calib=str(text), samples=8, seq_len=64)
         return made[name, method]
 
     return make
@@ -279,11 +282,11 @@ def test_sentencepiece_tokenizers_split_alike(tmp_path, prepend):
     assert json.loads(answers.read_text()) == [tokenizer(text)["input_ids"] for text in texts]
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_llama_cpp_gives_the_same_distribution(checkpoint, tmp_path, name):
+@pytest.mark.parametrize(("name", "method"), [*((name, "sign") for name in CONFIGS), ("llama", "bellbit")])
+def test_llama_cpp_gives_the_same_distribution(checkpoint, tmp_path, name, method):
     """Against the same weights unpacked to F16: mean KL ≤ 1e-3, the same top token in ≥ 98 % of positions."""
     pytest.importorskip("xllamacpp")
-    folder = checkpoint(name)
+    folder = checkpoint(name, method)
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     teach(model)
