@@ -84,7 +84,8 @@ def group_hessians(
             if linear == group.linears[0]:
                 if group not in hessians:
                     hessians[group] = new_hessian(x.shape[-1], x.device)
-                accumulate(hessians[group], x, samples)
+                with torch.autocast(x.device.type, enabled=False):
+                    accumulate(hessians[group], x, samples)
             if linear == family.groups[-1].linears[-1]:
                 raise StopBlock  # its product, a quarter of a LLaMA block, is not needed
             return x

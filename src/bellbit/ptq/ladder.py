@@ -48,7 +48,7 @@ EFFORTS = {
     "balanced": Effort(epochs=8, distilled=2, latents=0.0),
     "best": Effort(epochs=8, distilled=8, latents=0.003),
 }
-MEASURED = 2  # windows that the bit budget is made by
+MEASURED = 1  # windows that the bit budget is made by
 HELD_BACK = 16  # one window of so many, at least one, is kept to stop by
 DISTILL_COST = 1.5  # an epoch of distillation over one of reconstruction; only the progress bar depends on it
 BLOCK_RATES = Rates(latents=0.015, relative=0.01)
@@ -81,7 +81,7 @@ def climb(
 
     widths = _widths(model, family, settings, windows, bf16, lambda done: progress(0.05 * done, "bit budget"))
     states = teacher_states(model, windows, bf16) if distilled else None
-    stream = BlockStream(model, blocks, windows, device, TOGETHER)
+    stream = BlockStream(model, blocks, windows, device, TOGETHER, bf16)
     targets = stream.inputs.clone()
     for index, block in enumerate(blocks):
         name = f"{family.blocks}.{index}"
@@ -103,7 +103,7 @@ def climb(
             notes = _enter(block, family, stream, settings, name, own, _head_dim(model.config))
             if epochs:
                 plan = Plan(len(windows), held_back, epochs, BLOCK_RATES, seed=(seed * len(blocks) + index) * epochs)
-                reconstruct(block, stream.caller(block), stream.inputs, targets, plan, bf16, report)
+                reconstruct(block, stream.caller(block), stream.inputs, targets, plan, report)
             saved.keep(name, block.state_dict(), **notes)
         run.errors |= {f"{name}.{linear}": error for linear, error in notes["errors"].items()}
         run.fallbacks += [f"{name}.{linear}" for linear in notes["fallbacks"]]

@@ -25,7 +25,6 @@ def reconstruct(
     inputs: Tensor,
     targets: Tensor,
     plan: Plan,
-    bf16: bool,
     report: Callable[[float], None],
 ) -> list[float]:
     """Train a block in place.
@@ -37,7 +36,6 @@ def reconstruct(
 
     def error(index: int) -> Tensor:
         window = slice(index, index + 1)
-        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=bf16):
-            return robust_error(call(inputs[window]), targets[window])
+        return robust_error(call(inputs[window]), targets[window])
 
     return fit(block, error, plan, lambda done, _: report(done))

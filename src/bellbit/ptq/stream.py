@@ -24,10 +24,19 @@ class BlockStream:
     """
 
     def __init__(
-        self, model: Any, blocks: list[nn.Module], windows: Tensor, device: torch.device | str, batch_size: int
+        self,
+        model: Any,
+        blocks: list[nn.Module],
+        windows: Tensor,
+        device: torch.device | str,
+        batch_size: int,
+        bf16: bool = False,
     ) -> None:
-        """windows: int64 (samples, length). batch_size: windows that go through a block together."""
-        self.device, self.batch_size = torch.device(device), batch_size
+        """windows: int64 (samples, length). batch_size: windows that go through a block together.
+
+        bf16: matrix products in bfloat16; the hidden states stay as they are.
+        """
+        self.device, self.batch_size, self.bf16 = torch.device(device), batch_size, bf16
         self.arguments: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
         self.runs: dict[nn.Module, int] = dict.fromkeys(blocks, 0)
         self.inputs = self._embed(model, blocks, windows)
@@ -65,7 +74,8 @@ class BlockStream:
         args, kwargs = tree_map_only(Tensor, lambda t: t.to(self.device), self.arguments[block])
 
         def call(hidden: Tensor) -> Tensor:
-            output = block(hidden, *args, **kwargs)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+                output = block(hidden, *args, **kwargs)
             return output[0] if isinstance(output, tuple) else output
 
         return call
