@@ -1,13 +1,16 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import bellbit
 from bellbit import comparing
 from bellbit.comparing import DEFAULT, Request, agreement, compare, measure, parse
 from bellbit.errors import BellbitError
 from bellbit.evaluate import perplexity
+from bellbit.exporting import export_gguf
 from bellbit.figures import draw_map
 from bellbit.report import comparison_table
 
@@ -37,6 +40,7 @@ def test_methods_with_options_are_understood(spec, options):
     ("spec", "message"),
     [
         ("awq", "--method awq is not possible"),
+        ("file:nothing.gguf", "no such file: nothing.gguf"),
         ("gptq:groups=3", "there is no option 'groups'; there are bits"),
         ("gptq:bits=x", "'x' is no value for bits"),
         ("arb-rc:bitmap=perhaps", "'perhaps' is no value for bitmap"),
@@ -76,6 +80,18 @@ def test_a_row_is_what_its_method_gives(request_, tiny_model, monkeypatch):
     assert plain.perplexity[text] == perplexity(model, windows).perplexity
 
 
+def test_a_checkpoint_and_a_gguf_file_are_measured_as_they_are(request_, tmp_path):
+    bellbit.quantize(request_.model, tmp_path / "out", "sign")
+    row, there = measure(request_, "sign"), measure(request_, f"file:{tmp_path / 'out'}")
+    assert replace(there, spec="sign", seconds=row.seconds, peak_bytes=row.peak_bytes) == row
+    assert there.seconds is None and there.peak_bytes is None
+    export_gguf(tmp_path / "out", tmp_path / "out.gguf")
+    exported = measure(request_, f"file:{tmp_path / 'out.gguf'}")
+    assert exported.bits_per_weight == pytest.approx(8.5) and exported.perplexity[request_.data] == pytest.approx(
+        row.perplexity[request_.data], rel=0.02
+    )
+
+
 def test_rows_are_kept_and_belong_to_their_request(request_, tmp_path, monkeypatch):
     asked = []
 
@@ -92,14 +108,10 @@ def test_rows_are_kept_and_belong_to_their_request(request_, tmp_path, monkeypat
     draw_map(rows, request_.data, tmp_path / "map.png")
     assert (tmp_path / "map.png").stat().st_size > 5000
     assert comparison_table(rows).row_count == 3
-    from dataclasses import replace
-
     with pytest.raises(BellbitError, match="is of another comparison"):
         compare(replace(request_, seed=1), ["sign"], tmp_path, lambda *_: None)
 
 
 def test_a_row_that_fails_is_named(request_, tmp_path):
-    from dataclasses import replace
-
     with pytest.raises(BellbitError, match=r"gptq: .*too short: \d+ usable tokens found"):
         compare(replace(request_, samples=10**6), ["gptq"], tmp_path, lambda *_: None)

@@ -425,7 +425,8 @@ def compare(
     model: ModelArgument,
     out: Annotated[Path, typer.Argument(help="Directory of results and figure; rows that it has are not repeated.")],
     methods: Annotated[
-        str, typer.Option(help="METHOD:option=value:…, several with commas; none is the model as it is; or all.")
+        str,
+        typer.Option(help="METHOD:option=value:…, several with commas; none: the model as it is; file:PATH; or all."),
     ] = "all",
     data: Annotated[str, typer.Option(help="Text to measure on; several with commas.")] = "wiki-sample",
     seq_len: SeqLenOption = None,

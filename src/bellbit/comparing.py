@@ -18,12 +18,14 @@ from torch import Tensor
 from bellbit.data import evaluation_windows, load_corpus
 from bellbit.errors import BellbitError
 from bellbit.evaluate import perplexity
+from bellbit.inspection import inspect
 from bellbit.loading import load_config, load_model, load_tokenizer, locate, window_length
 from bellbit.memory import peak_memory
 from bellbit.ptq.methods import Settings
 from bellbit.ptq.quantize import quantize
 
 NONE = "none"  # the model as it is
+FILE = "file:"  # and a path: a checkpoint or .gguf file that is there already
 DEFAULT = (
     NONE,
     "sign",
@@ -77,10 +79,13 @@ class Row:
 
 
 def parse(spec: str) -> tuple[str, dict[str, Any]]:
-    """A method and its settings from `METHOD:option=value:…`, options as `quantize` has them.
+    """A method and its settings from `METHOD:option=value:…`, options as `quantize` has them; a file has none.
 
-    Raises BellbitError for a method, option or value that there is not.
+    Raises BellbitError for a method, option, value or file that there is not.
     """
+    if spec.startswith(FILE):
+        locate(spec.removeprefix(FILE))
+        return spec, {}
     method, *pairs = spec.split(":")
     kinds: dict[str, Any] = {field.name: type(field.default) for field in fields(Settings)}
     options: dict[str, Any] = {}
@@ -141,8 +146,12 @@ def measure(request: Request, spec: str) -> Row:
     location = locate(request.model)
     folder = Path(tempfile.mkdtemp(prefix="bellbit-compare-"))
     bits, seconds, peak = 16.0, None, None
+    result = location
     try:
-        if method != NONE:
+        if spec.startswith(FILE):
+            result = locate(spec.removeprefix(FILE))
+            bits = inspect(result).linears.bits_per_weight
+        elif method != NONE:
             report = quantize(
                 request.model,
                 folder / "out",
@@ -154,9 +163,10 @@ def measure(request: Request, spec: str) -> Row:
                 **options,
             )
             bits, seconds, peak = report.bits_per_weight, report.seconds, peak_memory()
+            result = locate(report.out)
         config = load_config(location)
         original = load_model(location, "float32", config)
-        model = load_model(locate(str(folder / "out"))) if method != NONE else original
+        model = original if result is location else load_model(result, "float32" if result.gguf else "auto")
         tokenizer = load_tokenizer(location)
         length = window_length(config, request.seq_len)
         found: dict[str, dict[str, float]] = {"perplexity": {}, "divergence": {}, "same_top": {}}

@@ -63,6 +63,13 @@ class Inspection:
         return Row(kind or "total", kind or "total", layout, (count,), bits, nominal, sum(row.nbytes for row in rows))
 
     @property
+    def linears(self) -> Row:
+        """All quantized weights as one; of a file that is not bellbit's, all matrices besides embedding and head."""
+        rows = [row for row in self.rows if row.kind == "quantized"]
+        rows = rows or [row for row in self.rows if row.kind == "other" and len(row.shape) > 1]
+        return Inspection(self.model, rows, self.file_bytes).total()
+
+    @property
     def totals(self) -> list[Row]:
         """One row per kind that occurs, then one for everything."""
         return [self.total(kind) for kind in KINDS if any(row.kind == kind for row in self.rows)] + [self.total()]
