@@ -4,6 +4,7 @@ from transformers import GPT2Config, OPTConfig
 
 from bellbit.errors import BellbitError
 from bellbit.ptq.families import FAMILIES, check_foldable, family_of, fold_column_scales
+from bellbit.ptq.methods import Settings
 from conftest import CONFIGS, random_model
 
 
@@ -32,5 +33,20 @@ def test_unsupported_architectures_are_named_with_the_supported_ones():
 
 
 def test_norms_that_feed_no_linear_alone_are_refused():
-    with pytest.raises(BellbitError, match=r"normalizes after each sub-layer.*--ltdb off"):
+    with pytest.raises(BellbitError, match=r"normalizes after each sub-layer.*--ltdb off.*--columns none"):
         check_foldable(OPTConfig(do_layer_norm_before=False))
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "folds"),
+    [
+        ("dbellquant", {}, True),
+        ("dbellquant", {"ltdb": "off"}, False),
+        ("bellbit", {}, True),
+        ("bellbit", {"columns": "none"}, False),
+        ("bellbit", {"rungs": ("codes",)}, False),
+        ("gptq", {}, False),
+    ],
+)
+def test_only_what_folds_needs_norms_to_fold_into(method, options, folds):
+    assert Settings(method, **options).resolved(FAMILIES["llama"]).folds is folds

@@ -94,15 +94,18 @@ def family_of(config: Any) -> Family:
     return family
 
 
+_NO_FOLDING = "use --ltdb off (dbellquant), --columns none (bellbit), or another method"
+
+
 def check_foldable(config: Any) -> None:
     """Raise BellbitError if column scales cannot be folded into the norms of such a model."""
     if not getattr(config, "do_layer_norm_before", True):
         raise BellbitError(
             "this OPT model normalizes after each sub-layer, so no norm feeds its linears alone and column scales "
-            "cannot be folded; use --ltdb off, or --method billm"
+            f"cannot be folded; {_NO_FOLDING}"
         )
     if not getattr(config, "layer_norm_elementwise_affine", True):
-        raise BellbitError("this model's norms have no weights to fold column scales into; use --ltdb off")
+        raise BellbitError(f"this model's norms have no weights to fold column scales into; {_NO_FOLDING}")
 
 
 def fold_column_scales(block: nn.Module, group: InputGroup, scales: Tensor, norm_offset: float = 0.0) -> None:

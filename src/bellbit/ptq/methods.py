@@ -94,6 +94,13 @@ class Settings:
         return replace(self, ltdb=ltdb, act_scope=family.act_scope if self.act_scope == "auto" else self.act_scope)
 
     @property
+    def folds(self) -> bool:
+        """Whether column scales are folded into norms; `ltdb` must have been resolved."""
+        method = METHODS[self.method]
+        climbs = method.climbs and "columns" in self.rungs and self.columns != "none"
+        return climbs or (method.transforms and self.ltdb != "off")
+
+    @property
     def resolved_scope(self) -> Scope:
         """`act_scope`, which must have been resolved."""
         assert self.act_scope != "auto"

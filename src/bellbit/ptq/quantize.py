@@ -92,7 +92,7 @@ def quantize(
         raise BellbitError(f"{model} is quantized already, by {by}; give the original model")
     family = family_of(config)
     settings = settings.resolved(family)
-    if METHODS[method].transforms and settings.ltdb != "off":
+    if settings.folds:
         check_foldable(config)
     tokenizer = load_tokenizer(location)
     windows, calibration = None, {}
