@@ -79,19 +79,24 @@ def climb(
     distilled = effort.distilled if "distill" in settings.rungs else 0
     share = 1 / (1 + distilled * DISTILL_COST / max(1, epochs))  # of the time, for the blocks
 
-    widths = _widths(model, family, settings, windows, bf16, lambda done: progress(0.05 * done, "bit budget"))
-    states = teacher_states(model, windows, bf16) if distilled else None
+    def budget() -> dict[str, int]:
+        return _widths(model, family, settings, windows, bf16, lambda done: progress(0.05 * done, "bit budget"))
+
+    widths = saved.notes("budget", budget)
+    states = saved.tensor("teacher", lambda: teacher_states(model, windows, bf16)) if distilled else None
     stream = BlockStream(model, blocks, windows, device, TOGETHER, bf16)
     targets = stream.inputs.clone()
-    for index, block in enumerate(blocks):
-        name = f"{family.blocks}.{index}"
+    names = [f"{family.blocks}.{index}" for index in range(len(blocks))]
+    streaming = not all(saved.has(name) for name in names)
+    for index, (name, block) in enumerate(zip(names, blocks, strict=True)):
 
         def report(done: float, what: str = "reconstruction", index: int = index) -> None:
             progress(share * (index + done) / len(blocks), f"block {index + 1}/{len(blocks)}: {what}")
 
         report(0, "codes")
         block.to(device)
-        stream.run(block, targets, ignore)
+        if streaming:
+            stream.run(block, targets, ignore)
         own = {linear: widths[f"{name}.{linear}"] for group in family.groups for linear in group.linears}
         if (found := saved.load(name)) is not None:
             tensors, notes = found
@@ -107,7 +112,7 @@ def climb(
             saved.keep(name, block.state_dict(), **notes)
         run.errors |= {f"{name}.{linear}": error for linear, error in notes["errors"].items()}
         run.fallbacks += [f"{name}.{linear}" for linear in notes["fallbacks"]]
-        if index < len(blocks) - 1:
+        if streaming and index < len(blocks) - 1:
             stream.run(block, stream.inputs, ignore)
     if states is not None:
         plan = Plan(len(windows), held_back, distilled, Rates(effort.latents, DISTILL_RELATIVE), seed * distilled)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,11 +58,15 @@ class Saved:
         folder.mkdir(parents=True)
         file.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
 
+    def has(self, step: str) -> bool:
+        """Whether a step was done."""
+        return self.folder is not None and (self.folder / f"{step}.safetensors").exists()
+
     def load(self, step: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """The tensors and notes of a step; None if it was not done."""
-        if self.folder is None or not (file := self.folder / f"{step}.safetensors").exists():
+        if self.folder is None or not self.has(step):
             return None
-        with safe_open(file, framework="pt") as stored:
+        with safe_open(self.folder / f"{step}.safetensors", framework="pt") as stored:
             notes = json.loads(stored.metadata()[_NOTES])
             return {name: stored.get_tensor(name) for name in stored.keys()}, notes  # noqa: SIM118
 
@@ -75,6 +79,22 @@ class Saved:
         contents = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         save_file(contents, partial, metadata={_NOTES: json.dumps(notes)})
         partial.replace(file)
+
+    def notes(self, step: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The notes of a step, made and kept now if it was not done."""
+        if (found := self.load(step)) is not None:
+            return found[1]
+        made = make()
+        self.keep(step, {}, **made)
+        return made
+
+    def tensor(self, step: str, make: Callable[[], Tensor]) -> Tensor:
+        """The one tensor of a step, made and kept now if it was not done."""
+        if (found := self.load(step)) is not None:
+            return found[0][step]
+        made = make()
+        self.keep(step, {step: made})
+        return made
 
     def remove(self) -> None:
         """The run is done."""
