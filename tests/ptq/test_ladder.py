@@ -27,6 +27,12 @@ def climbed(name="llama", tokens=None, seed=0, saved=None, progress=lambda *_: N
     return model, run
 
 
+@pytest.fixture
+def briefly(monkeypatch):
+    """`best` with two epochs of each kind, latents and all."""
+    monkeypatch.setitem(ladder.EFFORTS, "best", ladder.Effort(epochs=2, distilled=2, latents=0.003))
+
+
 @pytest.mark.parametrize("name", sorted(CONFIGS))
 def test_factors_move_along_chains_without_a_change(name):
     model = random_model(CONFIGS[name]()).double()
@@ -133,7 +139,7 @@ def test_every_rung_comes_nearer_to_the_float_model():
     assert found == sorted(found, reverse=True)
 
 
-def test_the_same_seed_gives_the_same_bytes():
+def test_the_same_seed_gives_the_same_bytes(briefly):
     tensors = []
     for _ in range(2):
         model, _ = climbed(effort="best")
@@ -142,7 +148,7 @@ def test_the_same_seed_gives_the_same_bytes():
 
 
 @pytest.mark.parametrize("stop", [0.2, 0.45, 0.75, 0.99])
-def test_a_run_cut_off_anywhere_goes_on_to_the_same_bytes(tmp_path, stop):
+def test_a_run_cut_off_anywhere_goes_on_to_the_same_bytes(tmp_path, briefly, stop):
     class Cut(Exception):
         pass
 
