@@ -6,7 +6,7 @@ docs/method.md explains the rungs. Each can be left out; what is left stands on 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -73,10 +73,8 @@ def climb(
     settings: resolved for `family`. windows: token ids (samples, length), the last few held back from training.
     seed: of the order of the windows. saved: what is done is kept there, and not done again.
     """
-    effort, run = EFFORTS[settings.effort], Run()
+    effort = EFFORTS[settings.effort]
     bf16 = bf16_pays(device)
-    held_back = max(1, len(windows) // HELD_BACK)
-    blocks: list[nn.Module] = list(model.get_submodule(family.blocks).children())
     epochs = effort.epochs if "blocks" in settings.rungs else 0
     distilled = effort.distilled if "distill" in settings.rungs else 0
     share = 1 / (1 + distilled * DISTILL_COST / max(1, epochs))  # of the time, for the blocks
@@ -86,17 +84,54 @@ def climb(
 
     widths = saved.notes("budget", budget)
     states = saved.tensor("teacher", lambda: teacher_states(model, windows, bf16)) if distilled else None
+    blocks: list[nn.Module] = list(model.get_submodule(family.blocks).children())
     stream = BlockStream(model, blocks, windows, device, TOGETHER, bf16)
-    targets = stream.inputs.clone()
-    names = [f"{family.blocks}.{index}" for index in range(len(blocks))]
-    streaming = not all(saved.has(name) for name in names)
-    for index, (name, block) in enumerate(zip(names, blocks, strict=True)):
+    plan = Plan(len(windows), _held_back(windows), epochs, BLOCK_RATES, seed * len(blocks) * epochs)
+    run = _quantize_blocks(
+        stream, model, family, settings, widths, plan, lambda done, text: progress(share * done, text), saved
+    )
+    if states is not None:
+        rates = Rates(effort.latents, DISTILL_RELATIVE)
+        plan = Plan(len(windows), _held_back(windows), distilled, rates, seed * distilled)
+
+        def telling(done: float, least: float) -> None:
+            progress(share + (1 - share) * done, f"distillation, divergence {least:.3f}")
+
+        distill(model, windows, states, plan, bf16, telling, saved)
+    for name, layer in latent_linears(model).items():
+        model.set_submodule(name, PackedLinear.holding(layer.packed(), bias=layer.bias))
+    return run
+
+
+def _held_back(windows: Tensor) -> int:
+    return max(1, len(windows) // HELD_BACK)
+
+
+def _quantize_blocks(
+    stream: BlockStream,
+    model: Any,
+    family: Family,
+    settings: Settings,
+    widths: dict[str, int],
+    plan: Plan,
+    progress: Progress,
+    saved: Saved,
+) -> Run:
+    """The rungs that take one decoder block after the other; their linears become `LatentLinear`s.
+
+    plan: of the first block; the seed counts on.
+    """
+    run, targets = Run(), stream.inputs.clone()
+    children = model.get_submodule(family.blocks).named_children()
+    blocks = {f"{family.blocks}.{index}": block for index, block in children}
+    streaming = not all(saved.has(name) for name in blocks)
+    for index, (name, block) in enumerate(blocks.items()):
 
         def report(done: float, what: str = "reconstruction", index: int = index) -> None:
-            progress(share * (index + done) / len(blocks), f"block {index + 1}/{len(blocks)}: {what}")
+            progress((index + done) / len(blocks), f"block {index + 1}/{len(blocks)}: {what}")
 
         report(0, "codes")
-        block.to(device)
+        block.to(stream.device)
         if streaming:
             stream.run(block, targets, ignore)
         own = {linear: widths[f"{name}.{linear}"] for group in family.groups for linear in group.linears}
@@ -108,23 +143,14 @@ def climb(
             block.load_state_dict(tensors)
         else:
             notes = _enter(block, family, stream, settings, name, own, _head_dim(model.config))
-            if epochs:
-                plan = Plan(len(windows), held_back, epochs, BLOCK_RATES, seed=(seed * len(blocks) + index) * epochs)
-                reconstruct(block, stream.caller(block), stream.inputs, targets, plan, report)
+            if plan.epochs:
+                own_plan = replace(plan, seed=plan.seed + index * plan.epochs)
+                reconstruct(block, stream.caller(block), stream.inputs, targets, own_plan, report)
             saved.keep(name, block.state_dict(), **notes)
         run.errors |= {f"{name}.{linear}": error for linear, error in notes["errors"].items()}
         run.fallbacks += [f"{name}.{linear}" for linear in notes["fallbacks"]]
         if streaming and index < len(blocks) - 1:
             stream.run(block, stream.inputs, ignore)
-    if states is not None:
-        plan = Plan(len(windows), held_back, distilled, Rates(effort.latents, DISTILL_RELATIVE), seed * distilled)
-
-        def telling(done: float, least: float) -> None:
-            progress(share + (1 - share) * done, f"distillation, divergence {least:.3f}")
-
-        distill(model, windows, states, plan, bf16, telling, saved)
-    for name, layer in latent_linears(model).items():
-        model.set_submodule(name, PackedLinear.holding(layer.packed(), bias=layer.bias))
     return run
 
 
