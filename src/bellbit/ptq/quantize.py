@@ -18,6 +18,7 @@ from bellbit.memory import release_memory
 from bellbit.packed.linear import packed_linears
 from bellbit.packed.save import check_output, quantization_config, round_unquantized, save_checkpoint
 from bellbit.packed.tensor import mean_over_weights
+from bellbit.ptq.attention import fast_attention
 from bellbit.ptq.families import Family, check_foldable, family_of
 from bellbit.ptq.ladder import climb
 from bellbit.ptq.loop import Observer, Progress, quantize_model
@@ -128,7 +129,8 @@ def quantize(
 
     if METHODS[method].climbs:
         assert windows is not None
-        run = climb(network, family, settings, windows, device, seed, advance, saved)
+        with fast_attention(network, device):
+            run = climb(network, family, settings, windows, device, seed, advance, saved)
     else:
         run = quantize_model(network, family, settings, windows, device, advance, observer)
 
