@@ -64,14 +64,15 @@ def test_agreement_with_oneself_and_with_another(tiny_model):
     assert same == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).float().mean()))
 
 
-def test_a_row_is_what_its_method_gives(request_, tiny_model, monkeypatch):
-    row = measure(request_, "gptq:bits=4")
+def test_a_row_is_what_its_method_gives(request_, tiny_model, tmp_path):
+    row = measure(request_, "gptq:bits=4", tmp_path)
     assert row.bits_per_weight == pytest.approx(4.2, abs=0.05)
     text = request_.data
-    plain = measure(request_, "none")
+    plain = measure(request_, "none", tmp_path)
     assert (plain.bits_per_weight, plain.seconds, plain.divergence[text]) == (16, None, 0)
     assert row.divergence[text] > 0 and row.perplexity[text] != plain.perplexity[text]
     assert row.seconds > 0 and row.peak_bytes > 10**8
+    assert not list(tmp_path.iterdir())
     model = AutoModelForCausalLM.from_pretrained(tiny_model("llama")).eval()
     from bellbit.data import evaluation_windows, load_corpus
     from bellbit.loading import load_tokenizer, locate
@@ -82,11 +83,11 @@ def test_a_row_is_what_its_method_gives(request_, tiny_model, monkeypatch):
 
 def test_a_checkpoint_and_a_gguf_file_are_measured_as_they_are(request_, tmp_path):
     bellbit.quantize(request_.model, tmp_path / "out", "sign")
-    row, there = measure(request_, "sign"), measure(request_, f"file:{tmp_path / 'out'}")
+    row, there = measure(request_, "sign", tmp_path), measure(request_, f"file:{tmp_path / 'out'}", tmp_path)
     assert replace(there, spec="sign", seconds=row.seconds, peak_bytes=row.peak_bytes) == row
     assert there.seconds is None and there.peak_bytes is None
     export_gguf(tmp_path / "out", tmp_path / "out.gguf")
-    exported = measure(request_, f"file:{tmp_path / 'out.gguf'}")
+    exported = measure(request_, f"file:{tmp_path / 'out.gguf'}", tmp_path)
     assert exported.bits_per_weight == pytest.approx(8.5) and exported.perplexity[request_.data] == pytest.approx(
         row.perplexity[request_.data], rel=0.02
     )
@@ -95,7 +96,7 @@ def test_a_checkpoint_and_a_gguf_file_are_measured_as_they_are(request_, tmp_pat
 def test_rows_are_kept_and_belong_to_their_request(request_, tmp_path, monkeypatch):
     asked = []
 
-    def fake(request, spec):
+    def fake(request, spec, out):
         asked.append(spec)
         return comparing.Row(spec, 1.5, {request.data: 20.0}, {request.data: 0.1}, {request.data: 0.9}, 3.0, 10**9)
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -108,7 +108,7 @@ def parse(spec: str) -> tuple[str, dict[str, Any]]:
 
 
 def compare(request: Request, specs: Iterable[str], out: Path, progress: Callable[[float, str], None]) -> list[Row]:
-    """Measure what `out`/compare.json lacks, row by row, and return all rows asked for.
+    """Measure what `out`/compare.json lacks, row by row, and return all rows asked for; a row cut off goes on.
 
     Raises BellbitError if that file is of another request, or a row fails.
     """
@@ -123,16 +123,16 @@ def compare(request: Request, specs: Iterable[str], out: Path, progress: Callabl
     for done, spec in enumerate(wanted):
         progress(done / len(wanted), spec)
         if spec not in known["rows"]:
-            known["rows"][spec] = asdict(_measure_apart(request, spec))
+            known["rows"][spec] = asdict(_measure_apart(request, spec, out))
             partial = file.with_suffix(".partial")
             partial.write_text(json.dumps(known, indent=2) + "\n")
             partial.replace(file)
     return [Row(**known["rows"][spec]) for spec in wanted]
 
 
-def _measure_apart(request: Request, spec: str) -> Row:
+def _measure_apart(request: Request, spec: str, out: Path) -> Row:
     """In a process of its own, so that its peak of memory is this row's alone."""
-    told = json.dumps({"request": asdict(request), "spec": spec})
+    told = json.dumps({"request": asdict(request), "spec": spec, "out": str(out)})
     done = subprocess.run([sys.executable, "-m", "bellbit.comparing"], input=told, capture_output=True, text=True)
     if done.returncode != 0:
         reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
@@ -140,11 +140,11 @@ def _measure_apart(request: Request, spec: str) -> Row:
     return Row(**json.loads(done.stdout.splitlines()[-1]))
 
 
-def measure(request: Request, spec: str) -> Row:
-    """One row, here and now."""
+def measure(request: Request, spec: str, out: Path) -> Row:
+    """One row, here and now. out: an existing folder; the checkpoint is there until it is measured."""
     method, options = parse(spec)
     location = locate(request.model)
-    folder = Path(tempfile.mkdtemp(prefix="bellbit-compare-"))
+    checkpoint = out / re.sub(r"[^a-z0-9.=]+", "-", spec)
     bits, seconds, peak = 16.0, None, None
     result = location
     try:
@@ -154,12 +154,14 @@ def measure(request: Request, spec: str) -> Row:
         elif method != NONE:
             report = quantize(
                 request.model,
-                folder / "out",
+                checkpoint,
                 method,
                 calib=request.calib,
                 samples=request.samples,
                 seq_len=request.seq_len,
                 seed=request.seed,
+                overwrite=True,
+                resume=True,
                 **options,
             )
             bits, seconds, peak = report.bits_per_weight, report.seconds, peak_memory()
@@ -176,7 +178,7 @@ def measure(request: Request, spec: str) -> Row:
             found["divergence"][source], found["same_top"][source] = agreement(model, original, windows)
         return Row(spec, bits, **found, seconds=seconds, peak_bytes=peak)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 @torch.no_grad()
@@ -196,6 +198,6 @@ def agreement(model: Any, original: Any, windows: Tensor) -> tuple[float, float]
 if __name__ == "__main__":
     told = json.loads(sys.stdin.read())
     try:
-        print(json.dumps(asdict(measure(Request(**told["request"]), told["spec"]))))
+        print(json.dumps(asdict(measure(Request(**told["request"]), told["spec"], Path(told["out"])))))
     except BellbitError as error:
         sys.exit(str(error))

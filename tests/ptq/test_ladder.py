@@ -1,13 +1,16 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from test_loop import windows
 
+from bellbit.core.grid import first_codes
 from bellbit.core.hessian import inverse_factor
 from bellbit.errors import BellbitError
 from bellbit.packed.linear import packed_linears
 from bellbit.packed.planes import Sign128, Symmetric
 from bellbit.packed.tensor import mean_over_weights
-from bellbit.ptq import budget, ladder
+from bellbit.ptq import budget, ladder, resume
 from bellbit.ptq.distill import divergence
 from bellbit.ptq.families import FAMILIES, fold_along_chain, shared_by_heads
 from bellbit.ptq.ladder import climb
@@ -185,6 +188,7 @@ def test_a_run_is_resumed_only_by_its_like(tmp_path):
     with pytest.raises(BellbitError, match=r"--resume: seed was 1 in .* and is 2 now"):
         Saved(tmp_path / "x", {"seed": 2, "model": "a"}, resume=True, overwrite=False)
     again = Saved(tmp_path / "x", {"seed": 1, "model": "a"}, resume=True, overwrite=False)
+    assert again.seconds == pytest.approx(0, abs=1)
     tensors, notes = again.load("one")
     assert (tensors["t"].tolist(), notes) == ([1, 1], {"n": 3})
     assert again.load("two") is None
@@ -199,6 +203,25 @@ def test_fingerprints_tell_models_apart():
     with torch.no_grad():
         model.model.norm.weight[0] += 1e-3
     assert fingerprint(model) != before
+
+
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+def test_the_loss_of_rounding_is_that_of_the_whole_model(name):
+    model, path, window = random_model(CONFIGS[name]()), FAMILIES[name].blocks, windows(1, 40)[0]
+    linears = [linear for group in FAMILIES[name].groups for linear in group.linears]
+    losses = budget.rounding_losses(model, path, linears, window, 2, False, lambda _: None)
+    assert set(losses) == {f"{path}.{i}.{linear}" for i in range(2) for linear in linears}
+    with torch.no_grad():
+        expected = model(window[None]).logits.log_softmax(-1)
+        for linear in (f"{path}.0.{linears[0]}", f"{path}.1.{linears[-1]}"):
+            weight = model.get_submodule(linear).weight
+            kept = weight.clone()
+            levels, scales = first_codes(kept, None, 2)
+            weight.copy_(levels * scales.repeat_interleave(128, dim=1)[:, : weight.shape[1]])
+            found = model(window[None]).logits.log_softmax(-1)
+            weight.copy_(kept)
+            loss = torch.nn.functional.kl_div(found, expected, log_target=True, reduction="sum") / len(window)
+            assert losses[linear] == pytest.approx(float(loss), rel=1e-3)
 
 
 def test_the_budget_goes_to_what_gains_most_and_is_kept():
@@ -241,3 +264,13 @@ def test_sampled_windows_come_from_the_model_and_are_kept(tmp_path, monkeypatch)
     assert float(logits.gather(2, found[:, 1:, None]).mean()) > float(logits.mean()) + 1
     other = sampled_windows(model, byte_tokenizer(), 3, 20, seed=2, report=lambda share: None)
     assert not torch.equal(found, other)
+
+
+def test_the_time_of_earlier_runs_is_counted(tmp_path, monkeypatch):
+    clock = iter([100.0, 130.0, 500.0, 507.0, 0.0])
+    monkeypatch.setattr(resume, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    Saved(tmp_path / "x", {}, resume=False, overwrite=False).keep("one", {})
+    second = Saved(tmp_path / "x", {}, resume=True, overwrite=False)
+    assert second.seconds == 30
+    second.keep("two", {})
+    assert Saved(tmp_path / "x", {}, resume=True, overwrite=False).seconds == 37

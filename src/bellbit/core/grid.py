@@ -143,10 +143,10 @@ class _StraightThrough(torch.autograd.Function):
         return _scaled(levels, scales, group)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, None, None, None]:
         levels, scales = ctx.saved_tensors
-        wrt_scales = in_groups(gradient * levels, ctx.group)
-        return _scaled(gradient, scales, ctx.group).float(), wrt_scales.float(), None, None, None
+        wrt_latent = _scaled(gradient, scales, ctx.group).float() if ctx.needs_input_grad[0] else None
+        return wrt_latent, in_groups(gradient * levels, ctx.group).float(), None, None, None
 
 
 def _scaled(values: Tensor, scales: Tensor, group: int) -> Tensor:

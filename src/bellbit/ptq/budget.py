@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bellbit.core.grid import GROUP, first_codes, spread
 from bellbit.ptq.distill import divergence, teacher_states
@@ -43,29 +44,49 @@ def allocate(shapes: Mapping[str, Sequence[int]], losses: Mapping[str, float], b
 @torch.no_grad()
 def rounding_losses(
     model: Any,
-    names: list[str],
-    windows: Tensor,
+    path: str,
+    linears: Sequence[str],
+    window: Tensor,
     width: int,
     bf16: bool,
     report: Callable[[float], None],
 ) -> dict[str, float]:
-    """Divergence in nats from the full-precision model when one weight alone is rounded to `width` bits.
+    """Divergence in nats from the full-precision model when one weight alone is rounded to `width` bits, by full name.
 
-    names: of the linears. windows: token ids (n, length), a few.
+    path: of the list of decoder blocks. linears: their names in a block. window: token ids (length,).
     """
+    blocks = list(model.get_submodule(path).children())
+    inputs: list[Tensor] = []
+    hooks = [block.register_forward_pre_hook(lambda _, args: inputs.append(args[0])) for block in blocks]
 
     def last() -> Tensor:
-        return teacher_states(model, windows, bf16).flatten(0, 1)
+        return teacher_states(model, window[None], bf16)[0]
 
     states = last()
+    for hook in hooks:
+        hook.remove()
     head = model.get_output_embeddings().weight.to(states.dtype)
     found: dict[str, float] = {}
-    for name in names:
-        weight: Any = model.get_submodule(name).weight
-        kept = weight.clone()
-        levels, scales = first_codes(kept.float(), None, width)
-        weight.copy_(levels * spread(scales, weight.shape[1]))
-        found[name] = float(divergence(last(), states, head))
-        weight.copy_(kept)
-        report(len(found) / len(names))
+    for index, block in enumerate(blocks):
+        with _starting_at(blocks, index, inputs[index]):
+            for linear in linears:
+                weight: Any = block.get_submodule(linear).weight
+                kept = weight.clone()
+                levels, scales = first_codes(kept.float(), None, width)
+                weight.copy_(levels * spread(scales, weight.shape[1]))
+                found[f"{path}.{index}.{linear}"] = float(divergence(last(), states, head))
+                weight.copy_(kept)
+                report(len(found) / (len(blocks) * len(linears)))
     return found
+
+
+@contextmanager
+def _starting_at(blocks: Sequence[nn.Module], index: int, hidden: Tensor) -> Iterator[None]:
+    """Inside, blocks before `index` do nothing, and that one gets `hidden`."""
+    for block in blocks[:index]:
+        block.forward = lambda *_args, **_kwargs: hidden
+    try:
+        yield
+    finally:
+        for block in blocks[:index]:
+            del block.forward

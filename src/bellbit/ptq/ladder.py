@@ -48,7 +48,6 @@ EFFORTS = {
     "balanced": Effort(epochs=4, distilled=4, latents=0.0),
     "best": Effort(epochs=12, distilled=16, latents=0.0),
 }
-MEASURED = 1  # windows that the bit budget is made by
 HELD_BACK = 16  # one window of so many, at least one, is kept to stop by
 DISTILL_COST = 1.5  # an epoch of distillation over one of reconstruction; only the progress bar depends on it
 # Of the demo model's first block, 4 epochs of 120 × 1024 tokens, error on the rest: .0644 with these, .0671 with .015
@@ -235,10 +234,12 @@ def _widths(
 ) -> dict[str, int]:
     """Bits of every linear by name, under the budget."""
     count = len(model.get_submodule(family.blocks))
-    names = [f"{family.blocks}.{i}.{name}" for i in range(count) for group in family.groups for name in group.linears]
+    linears = [name for group in family.groups for name in group.linears]
+    names = [f"{family.blocks}.{i}.{name}" for i in range(count) for name in linears]
     shapes = {name: weight_of(model, name).shape for name in names}
     alike = allocate(shapes, dict.fromkeys(names, 0.0), settings.bpw)
     base = min(alike.values())
     if max(alike.values()) == base:
         return alike
-    return allocate(shapes, rounding_losses(model, names, windows[:MEASURED], base, bf16, report), settings.bpw)
+    losses = rounding_losses(model, family.blocks, linears, windows[0], base, bf16, report)
+    return allocate(shapes, losses, settings.bpw)

@@ -20,7 +20,7 @@ from bellbit.packed.save import check_output, quantization_config, round_unquant
 from bellbit.packed.tensor import mean_over_weights
 from bellbit.ptq.attention import fast_attention
 from bellbit.ptq.families import Family, check_foldable, family_of
-from bellbit.ptq.ladder import climb
+from bellbit.ptq.ladder import bf16_pays, climb
 from bellbit.ptq.loop import Observer, Progress, quantize_model
 from bellbit.ptq.methods import METHODS, Settings
 from bellbit.ptq.resume import Saved, fingerprint
@@ -35,7 +35,7 @@ class Report:
 
     bits_per_weight: stored bits of the quantized weights, all scales and bitmaps counted. nominal_bits: as papers
     count. errors: relative output error by linear. fallbacks: linears whose Hessian was beyond repair.
-    algorithm_seconds: outside the model's own forward passes.
+    seconds: with those of the runs that it was resumed from. algorithm_seconds: outside the model's forward passes.
     """
 
     out: str
@@ -86,6 +86,9 @@ def quantize(
     target = check_output(out, overwrite, str(model))
     device, dtype = resolve_device(device, dtype)
 
+    def writing(done: float) -> None:
+        progress(0.02 * done, "writing calibration text")
+
     progress(0, "opening the model")
     location = locate(str(model))
     config = load_config(location)
@@ -99,25 +102,21 @@ def quantize(
     windows, calibration = None, {}
     if METHODS[method].calibrates:
         seq_len = window_length(config, seq_len)
-        parts = {
-            source: calibration_windows(load_corpus(source, "train"), tokenizer, count, seq_len, seed)
-            for source, count in shares(calib, samples)
-            if source != SELF
-        }
         calibration = {"source": calib, "samples": samples, "seq_len": seq_len, "seed": seed}
+        parts = []
+        for source, count in shares(calib, samples):
+            if source == SELF:
+                writer = load_model(location, "bfloat16" if bf16_pays("cpu") else dtype, config)
+                parts.append(sampled_windows(writer, tokenizer, count, seq_len, seed, writing))
+                del writer
+            else:
+                parts.append(calibration_windows(load_corpus(source, "train"), tokenizer, count, seq_len, seed))
+        windows = interleave(parts)
         release_memory()
     provenance = {"source": str(model), "settings": asdict(settings), "calibration": calibration}
     network = load_model(location, dtype, config)
     check_finite(network)
     round_unquantized(network, linears_of(network, family))
-    if METHODS[method].calibrates:
-        assert seq_len is not None
-        for source, count in shares(calib, samples):
-            if source == SELF:
-                parts[SELF] = sampled_windows(
-                    network, tokenizer, count, seq_len, seed, lambda done: progress(0.02, "writing calibration text")
-                )
-        windows = interleave(list(parts.values()))
     gc.collect()  # readers of model files leave cycles behind that hold the whole file
     release_memory()
 
@@ -151,7 +150,7 @@ def quantize(
         checkpoint_bytes=sum(file.stat().st_size for file in target.iterdir()),
         errors=run.errors,
         fallbacks=run.fallbacks,
-        seconds=time.perf_counter() - started,
+        seconds=saved.seconds + time.perf_counter() - started,
         algorithm_seconds=run.algorithm_seconds,
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from bellbit.errors import BellbitError
 
 HASHED = 4096  # values of each tensor
-_FINGERPRINT, _NOTES = "run.json", "notes"
+_FINGERPRINT, _NOTES, _SECONDS = "run.json", "notes", "seconds"
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -31,6 +32,7 @@ class Saved:
     """Named steps of a run, each a set of tensors and some notes, in a folder of their own.
 
     A step is there whole or not at all. Without a folder nothing is kept.
+    seconds: that earlier runs took for what they kept; 0 in the first.
     """
 
     def __init__(self, folder: Path | None, fingerprint: Mapping[str, Any], resume: bool, overwrite: bool) -> None:
@@ -38,7 +40,7 @@ class Saved:
 
         Raises BellbitError if the folder is that of another run, or if there is a run and nobody said what to do.
         """
-        self.folder = folder
+        self.folder, self.seconds, self._started = folder, 0.0, time.perf_counter()
         if folder is None:
             return
         wanted = json.loads(json.dumps(fingerprint))
@@ -51,6 +53,8 @@ class Saved:
                         f"--resume: {name} was {before.get(name)!r} in {folder} and is {wanted.get(name)!r} now; give "
                         "the same, or remove that folder to start again"
                     )
+            if (clock := folder / _SECONDS).exists():
+                self.seconds = float(clock.read_text())
             return
         if file.exists() and not overwrite:
             raise BellbitError(f"{folder} holds an unfinished run: --resume goes on with it, --overwrite starts again")
@@ -79,6 +83,7 @@ class Saved:
         contents = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         save_file(contents, partial, metadata={_NOTES: json.dumps(notes)})
         partial.replace(file)
+        (self.folder / _SECONDS).write_text(f"{self.seconds + time.perf_counter() - self._started:.1f}\n")
 
     def notes(self, step: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The notes of a step, made and kept now if it was not done."""
