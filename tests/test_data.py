@@ -135,6 +135,16 @@ def test_calibration_windows_are_pieces_of_the_text_and_follow_the_seed():
     assert not torch.equal(found, calibration_windows(corpus, tokenizer, 10, 32, seed=4))
 
 
+def test_disjoint_windows_tile_the_text_where_it_is_just_long_enough():
+    corpus = Corpus("x", ["".join(chr(33 + i % 90) for i in range(89))])
+    tokens = tokenize(corpus.text, byte_tokenizer())
+    found = calibration_windows(corpus, byte_tokenizer(), 2, 32, seed=0, disjoint=True)
+    starts = sorted(int((tokens == window[0]).nonzero()[0]) for window in found)
+    assert all(torch.equal(window, tokens[int((tokens == window[0]).nonzero()[0]) :][:32]) for window in found)
+    assert starts[1] - starts[0] == 32
+    assert not torch.equal(found, calibration_windows(corpus, byte_tokenizer(), 2, 32, seed=1, disjoint=True))
+
+
 def test_by_document_windows_come_from_single_long_enough_documents():
     corpus = Corpus("x", ["a" * 10, "b" * 50, "c" * 40, "d" * 20], by_document=True)
     found = calibration_windows(corpus, byte_tokenizer(), 2, 32, seed=0)

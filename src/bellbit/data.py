@@ -199,11 +199,13 @@ def tokenize(text: str, tokenizer: Any) -> Tensor:
     return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.long)
 
 
-def calibration_windows(corpus: Corpus, tokenizer: Any, samples: int, seq_len: int, seed: int) -> Tensor:
+def calibration_windows(
+    corpus: Corpus, tokenizer: Any, samples: int, seq_len: int, seed: int, disjoint: bool = False
+) -> Tensor:
     """Random windows of the text: int64 (samples, seq_len).
 
-    They may overlap. With `by_document` each comes from one random document that is longer than it.
-    Raises BellbitError if the text has fewer tokens than the windows together.
+    They may overlap, as in GPTQ's code, unless `disjoint`. With `by_document` each comes from one random document
+    that is longer than it. Raises BellbitError if the text has fewer tokens than the windows together.
     """
     needed = samples * seq_len
     draw = random.Random(seed)
@@ -212,7 +214,11 @@ def calibration_windows(corpus: Corpus, tokenizer: Any, samples: int, seq_len: i
     tokens = tokenize(corpus.text, tokenizer)
     if len(tokens) < max(needed, seq_len + 1):
         raise _too_short(corpus, len(tokens), samples, seq_len)
-    starts = [draw.randrange(len(tokens) - seq_len) for _ in range(samples)]
+    if disjoint:
+        first, count = draw.randrange(len(tokens) % seq_len + 1), len(tokens) // seq_len
+        starts = [first + seq_len * place for place in draw.sample(range(count), samples)]
+    else:
+        starts = [draw.randrange(len(tokens) - seq_len) for _ in range(samples)]
     return torch.stack([tokens[start : start + seq_len] for start in starts])
 
 

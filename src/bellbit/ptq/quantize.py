@@ -110,7 +110,9 @@ def quantize(
                 parts.append(sampled_windows(writer, tokenizer, count, seq_len, seed, writing))
                 del writer
             else:
-                parts.append(calibration_windows(load_corpus(source, "train"), tokenizer, count, seq_len, seed))
+                # where windows are held back from training, none may overlap
+                corpus = load_corpus(source, "train")
+                parts.append(calibration_windows(corpus, tokenizer, count, seq_len, seed, METHODS[method].climbs))
         windows = interleave(parts)
         release_memory()
     provenance = {"source": str(model), "settings": asdict(settings), "calibration": calibration}
