@@ -73,6 +73,10 @@ def test_a_row_is_what_its_method_gives(request_, tiny_model, tmp_path):
     assert row.divergence[text] > 0 and row.perplexity[text] != plain.perplexity[text]
     assert row.seconds > 0 and row.peak_bytes > 10**8
     assert not list(tmp_path.iterdir())
+    (tmp_path / "sign").mkdir()
+    (tmp_path / "sign" / "mine").touch()
+    measure(request_, "sign", tmp_path)
+    assert (tmp_path / "sign" / "mine").exists(), "a folder of that name is somebody's"
     model = AutoModelForCausalLM.from_pretrained(tiny_model("llama")).eval()
     from bellbit.data import evaluation_windows, load_corpus
     from bellbit.loading import load_tokenizer, locate

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from bellbit.ptq.methods import Settings
 from bellbit.ptq.quantize import quantize
 
 NONE = "none"  # the model as it is
+ROWS = "compare.rows"  # folder of checkpoints that are being made or measured
 FILE = "file:"  # and a path: a checkpoint or .gguf file that is there already
 DEFAULT = (
     NONE,
@@ -144,7 +146,7 @@ def measure(request: Request, spec: str, out: Path) -> Row:
     """One row, here and now. out: an existing folder; the checkpoint is there until it is measured."""
     method, options = parse(spec)
     location = locate(request.model)
-    checkpoint = out / re.sub(r"[^a-z0-9.=]+", "-", spec)
+    checkpoint = out / ROWS / re.sub(r"[^a-z0-9.=]+", "-", spec)
     bits, seconds, peak = 16.0, None, None
     result = location
     try:
@@ -179,6 +181,8 @@ def measure(request: Request, spec: str, out: Path) -> Row:
         return Row(spec, bits, **found, seconds=seconds, peak_bytes=peak)
     finally:
         shutil.rmtree(checkpoint, ignore_errors=True)
+        with suppress(OSError):  # not there, or another row is unfinished
+            checkpoint.parent.rmdir()
 
 
 @torch.no_grad()

@@ -32,12 +32,12 @@ class _Causal(torch.autograd.Function):
         out = torch.empty_like(query)
         above = query.new_full((ROWS, ROWS), -torch.inf).triu(1)
         kept = []
-        for rows, end in _parts(query):
+        for rows in _parts(query):
             own = query[:, :, rows]
-            scores = own.flatten(1, 2) @ key[:, :end].transpose(1, 2)
-            scores.view(*own.shape[:3], end)[..., rows] += above[: own.shape[2], : own.shape[2]]
+            scores = own.flatten(1, 2) @ key[:, : rows.stop].transpose(1, 2)
+            scores.view(*own.shape[:3], rows.stop)[..., rows] += above[: own.shape[2], : own.shape[2]]
             kept.append(scores.softmax(dim=-1))
-            out[:, :, rows] = (kept[-1] @ value[:, :end]).view_as(own)
+            out[:, :, rows] = (kept[-1] @ value[:, : rows.stop]).view_as(own)
         ctx.save_for_backward(query, key, value, *kept)
         return out
 
@@ -46,21 +46,21 @@ class _Causal(torch.autograd.Function):
         query, key, value, *kept = ctx.saved_tensors
         d_query = torch.empty_like(query)
         d_key, d_value = (torch.zeros_like(t, dtype=torch.float32) for t in (key, value))
-        for (rows, end), p in zip(_parts(query), kept, strict=True):
+        for rows, p in zip(_parts(query), kept, strict=True):
+            seen = slice(rows.stop)
             d_out = upstream[:, :, rows].flatten(1, 2)
-            d_value[:, :end] += p.transpose(1, 2) @ d_out
-            d_scores = torch._softmax_backward_data(d_out @ value[:, :end].transpose(1, 2), p, -1, p.dtype)
-            d_query[:, :, rows] = (d_scores @ key[:, :end]).view_as(d_query[:, :, rows])
-            d_key[:, :end] += d_scores.transpose(1, 2) @ query[:, :, rows].flatten(1, 2)
+            d_value[:, seen] += p.transpose(1, 2) @ d_out
+            d_scores = torch._softmax_backward_data(d_out @ value[:, seen].transpose(1, 2), p, -1, p.dtype)
+            d_query[:, :, rows] = (d_scores @ key[:, seen]).view_as(d_query[:, :, rows])
+            d_key[:, seen] += d_scores.transpose(1, 2) @ query[:, :, rows].flatten(1, 2)
         return d_query, d_key.to(key.dtype), d_value.to(value.dtype)
 
 
-def _parts(query: Tensor) -> Iterator[tuple[slice, int]]:
-    """Rows of the triangle, a few at a time, and how many keys the last of them sees."""
+def _parts(query: Tensor) -> Iterator[slice]:
+    """Rows of the triangle, a few at a time; they see the keys up to the slice's end."""
     length = query.shape[2]
     for start in range(0, length, ROWS):
-        end = min(start + ROWS, length)
-        yield slice(start, end), end
+        yield slice(start, min(start + ROWS, length))
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:

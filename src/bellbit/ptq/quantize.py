@@ -111,8 +111,8 @@ def quantize(
                 del writer
             else:
                 # where windows are held back from training, none may overlap
-                corpus = load_corpus(source, "train")
-                parts.append(calibration_windows(corpus, tokenizer, count, seq_len, seed, METHODS[method].climbs))
+                corpus, apart = load_corpus(source, "train"), METHODS[method].climbs
+                parts.append(calibration_windows(corpus, tokenizer, count, seq_len, seed, disjoint=apart))
         windows = interleave(parts)
         release_memory()
     provenance = {"source": str(model), "settings": asdict(settings), "calibration": calibration}

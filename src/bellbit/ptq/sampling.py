@@ -41,7 +41,7 @@ def sampled_windows(
         for start in range(0, len(texts), TOGETHER):
             _write(model, texts[start : start + TOGETHER], tokenizer.bos_token_id)
             report(min(1.0, (start + TOGETHER) / len(texts)))
-    windows = texts.flatten()[: samples * seq_len].view(samples, seq_len).contiguous()
+    windows = texts.flatten()[: samples * seq_len].view(samples, seq_len)
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(".partial")
     save_file({"windows": windows}, partial)
