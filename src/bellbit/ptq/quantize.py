@@ -107,6 +107,7 @@ def quantize(
         for source, count in shares(calib, samples):
             if source == SELF:
                 writer = load_model(location, "bfloat16" if bf16_pays("cpu") else dtype, config)
+                check_finite(writer)
                 parts.append(sampled_windows(writer, tokenizer, count, seq_len, seed, writing))
                 del writer
             else:
