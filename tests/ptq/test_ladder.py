@@ -16,7 +16,7 @@ from bellbit.ptq.families import FAMILIES, fold_along_chain, shared_by_heads
 from bellbit.ptq.ladder import climb
 from bellbit.ptq.latent import LatentLinear
 from bellbit.ptq.methods import RUNGS, Settings
-from bellbit.ptq.reconstruct import robust_error
+from bellbit.ptq.reconstruct import FIRST_TOKEN, robust_error
 from bellbit.ptq.resume import Saved, fingerprint
 from bellbit.ptq.sampling import sampled_windows
 from conftest import CONFIGS, byte_tokenizer, random_model
@@ -95,10 +95,11 @@ def test_a_latent_linear_starts_with_the_codes_it_is_given_and_packs_them():
         torch.testing.assert_close(layer(x), x @ expected.t(), rtol=1e-4, atol=1e-4)
 
 
-def test_the_robust_error_counts_every_token_alike():
+def test_the_robust_error_counts_large_tokens_as_small_ones_and_the_first_more():
     target = torch.tensor([[3.0, 4.0], [300.0, 400.0]])
-    output = target + torch.tensor([[0.0, 1.0], [100.0, 0.0]])
-    assert float(robust_error(output, target)) == pytest.approx((1 / 25 + 1 / 25) / 2)
+    output = target + torch.tensor([[0.0, 2.0], [100.0, 0.0]])
+    mean = (4 / 25 + 1 / 25) / 2
+    assert float(robust_error(output, target)) == pytest.approx((1 - FIRST_TOKEN) * mean + FIRST_TOKEN * 4 / 25)
 
 
 @pytest.mark.parametrize("tokens", [5, 300])

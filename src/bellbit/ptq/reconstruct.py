@@ -8,14 +8,22 @@ from torch import Tensor, nn
 
 from bellbit.ptq.fit import Plan, fit
 
+# Share of a window's error that its first token has on top of its own. Attention rests there when there is nothing to
+# attend to, which takes a state of its own: in the demo model its norm is 22 151 from block 11 on, and the median 143.
+# Weighted as any other it was lost (norm 192). Divergence with four blocks quantized, on unseen windows of wiki-sample
+# and of the model's own: .502 and .381 with 0; .388 and .372 with .01; .394 and .381 with .05; .459 and .427 with .2.
+FIRST_TOKEN = 0.01
+
 
 def robust_error(output: Tensor, target: Tensor) -> Tensor:
-    """Mean over tokens of ‖y − ŷ‖² / ‖y‖²: some tokens' norms are a thousand times the others' and say no more.
+    """Mean over tokens of ‖y − ŷ‖² / ‖y‖², the first token of each window with a weight of its own.
 
+    Relative, because some tokens' norms are a thousand times the others' and say no more.
     output, target: (..., tokens, width). Returns a float32 scalar.
     """
     target = target.float()
-    return ((output.float() - target).square().sum(-1) / target.square().sum(-1).clamp_min(1e-12)).mean()
+    errors = (output.float() - target).square().sum(-1) / target.square().sum(-1).clamp_min(1e-12)
+    return (1 - FIRST_TOKEN) * errors.mean() + FIRST_TOKEN * errors[..., 0].mean()
 
 
 def reconstruct(
