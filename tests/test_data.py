@@ -1,11 +1,12 @@
 import json
+import re
 import zipfile
 
 import pytest
 import torch
 
 from bellbit import fetch, wikipedia
-from bellbit.data import Corpus, calibration_windows, evaluation_windows, load_corpus, tokenize
+from bellbit.data import Corpus, calibration_windows, evaluation_windows, load_corpus, shares, tokenize
 from bellbit.errors import BellbitError
 from conftest import byte_tokenizer
 
@@ -205,6 +206,26 @@ def test_a_failing_download_names_the_cause_and_the_way_out(monkeypatch, tmp_pat
     ):
         fetch.fetch(fetch.SMOLLM2)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("spec", "samples", "expected"),
+    [
+        ("a", 3, [("a", 3)]),
+        ("a,b", 5, [("a", 2), ("b", 3)]),
+        ("a, b*3", 512, [("a", 128), ("b", 384)]),
+        ("a*2,b,c", 7, [("a", 3), ("b", 2), ("c", 2)]),
+        ("a.txt[:75%]*2,b", 9, [("a.txt[:75%]", 6), ("b", 3)]),
+    ],
+)
+def test_a_mixture_is_shared_out_by_its_factors(spec, samples, expected):
+    assert shares(spec, samples) == expected
+
+
+@pytest.mark.parametrize(("spec", "samples"), [("a,a", 5), ("a,", 3), ("a,b", 1), ("a*0", 4), ("a,b*9", 4)])
+def test_a_mixture_of_which_a_source_gives_nothing_is_refused(spec, samples):
+    with pytest.raises(BellbitError, match=f"--calib '{re.escape(spec)}' is not possible with {samples} windows"):
+        shares(spec, samples)
 
 
 def test_the_parts_of_the_language_reference_make_up_the_whole():

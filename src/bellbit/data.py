@@ -179,13 +179,24 @@ _KNOWN = f"known are {', '.join(SOURCES)} and paths to .txt, .jsonl or .parquet 
 
 
 def shares(spec: str, samples: int) -> list[tuple[str, int]]:
-    """The sources of a mixture `a,b,…` with how many of the windows each gives, alike but for a remainder."""
+    """The sources of a mixture with how many of the windows each gives.
+
+    `a,b` takes as many from both, but for a remainder; `a,b*3` three times as many from b.
+    Raises BellbitError for a source that is empty, twice there or would give no window.
+    """
     if Path(spec).is_file():
         return [(spec, samples)]
-    sources = [source.strip() for source in spec.split(",")]
-    if not all(sources) or len(set(sources)) < len(sources) or len(sources) > samples:
-        raise BellbitError(f"--calib {spec!r} is not possible with {samples} windows; give different sources as a,b")
-    return [(source, (samples + i) // len(sources)) for i, source in enumerate(sources)]
+    parts = [re.fullmatch(r"\s*(.*?)\s*(?:\*\s*(\d+)\s*)?", part) for part in spec.split(",")]
+    weights = {part[1]: int(part[2] or 1) for part in parts if part}
+    total, before, counts = sum(weights.values()), 0, []
+    for weight in weights.values():
+        counts.append(samples * (before + weight) // total - samples * before // total if total else 0)
+        before += weight
+    if len(weights) < len(parts) or "" in weights or 0 in counts:
+        raise BellbitError(
+            f"--calib {spec!r} is not possible with {samples} windows; give different sources, as a,b or a,b*3"
+        )
+    return list(zip(weights, counts, strict=True))
 
 
 def interleave(parts: list[Tensor]) -> Tensor:

