@@ -120,9 +120,7 @@ def quantize(
     bitmap: Annotated[bool, typer.Option(help="Of arb-rc: split the salient columns, too.")] = True,
     calib: Annotated[
         str,
-        typer.Option(
-            help="Text: wiki-sample, python-docs, wikitext2, ptb, c4, a path, self, or several as a,b or a,b*3."
-        ),
+        typer.Option(help="Text: wiki-sample, python-docs, wikitext2, ptb, c4, a path, self, or a mixture as a,b*3."),
     ] = "wiki-sample",
     samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
     seq_len: SeqLenOption = None,
