@@ -18,6 +18,8 @@ from transformers.models.opt import OPTConfig
 from transformers.models.qwen2 import Qwen2Config
 from transformers.models.qwen3 import Qwen3Config
 
+from bellbit.ptq import sampling
+
 torch.set_num_threads(1)  # the models are so small that a second thread only costs
 
 VOCABULARY = 258  # the bytes, <s>, </s>
@@ -85,6 +87,15 @@ def random_model(config):
             else:
                 parameter.mul_(torch.randn(parameter.shape[1]).mul(0.5).exp() * 4)
     return model
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_texts(tmp_path_factory):
+    """What tiny models write is not for the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("own")
+        patch.setattr(sampling, "cache_dir", lambda: folder)
+        yield folder
 
 
 @pytest.fixture(scope="session")

@@ -112,7 +112,7 @@ def quantize(
     effort: Annotated[str, typer.Option(help="Of bellbit: fast, balanced or best.")] = "balanced",
     rungs: Annotated[
         str, typer.Option(help="Of bellbit: which of its steps to take.")
-    ] = "columns,codes,blocks,distill",
+    ] = "text,columns,codes,blocks,distill",
     columns: Annotated[str, typer.Option(help="Of bellbit: start of column scales: rank1, mean, none.")] = "rank1",
     bits: Annotated[int, typer.Option(help="Bits per weight of gptq and rtn, 1 to 8.")] = 2,
     act_bits: Annotated[int, typer.Option(help="Bits of activations: 16, 8 or 6.")] = 16,
@@ -140,10 +140,33 @@ def quantize(
 ) -> None:
     """Quantize MODEL into a packed checkpoint OUT."""
     from bellbit import report
+    from bellbit.ptq.ladder import own_windows
+    from bellbit.ptq.methods import METHODS, Settings
     from bellbit.ptq.quantize import quantize as run
 
+    options: dict[str, Any] = {
+        "bits": bits,
+        "bpw": bpw,
+        "effort": effort,
+        "rungs": tuple(rungs.split(",")),
+        "columns": columns,
+        "bitmap": bitmap,
+        "act_bits": act_bits,
+        "block_size": block_size,
+        "metric": metric,
+        "epsilon": epsilon,
+        "ltdb": ltdb,
+        "ltdb_steps": ltdb_steps,
+        "scale_bits": scale_bits,
+        "act_scope": act_scope,
+    }
+    settings = Settings(method, **options)
     activations = "" if act_bits == 16 else f" with {act_bits}-bit activations"
-    source = "" if method == "rtn" else f", calibrated on {samples} × {_tokens(seq_len)} tokens of {calib}"
+    source = ""
+    if METHODS[method].calibrates:
+        source = f", calibrated on {samples} × {_tokens(seq_len)} tokens of {calib}"
+    if (own := own_windows(settings, samples)) > 0:
+        source += f" and {own} × {_tokens(seq_len)} that it writes itself"
     _say(f"Quantizing {model} by {method}{activations}{source}; the checkpoint goes to {out}.")
     drawing = None
     if figures is not None:
@@ -155,30 +178,17 @@ def quantize(
             model,
             out,
             method,
-            bits=bits,
-            bpw=bpw,
-            effort=effort,
-            rungs=tuple(rungs.split(",")),
-            columns=columns,
-            bitmap=bitmap,
-            act_bits=act_bits,
-            block_size=block_size,
             calib=calib,
             samples=samples,
             seq_len=seq_len,
             seed=seed,
-            metric=metric,
-            epsilon=epsilon,
-            ltdb=ltdb,
-            ltdb_steps=ltdb_steps,
-            scale_bits=scale_bits,
-            act_scope=act_scope,
             device=device,
             dtype=dtype,
             overwrite=overwrite,
             resume=resume,
             progress=progress,
             observer=drawing,
+            **options,
         )
     drawn = drawing.finish() if drawing else []
     if as_json:

@@ -49,7 +49,9 @@ def divergence(student: Tensor, teacher: Tensor, head: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def teacher_states(model: Any, windows: Tensor, bf16: bool) -> Tensor:
+def teacher_states(
+    model: Any, windows: Tensor, bf16: bool, report: Callable[[float], None] = lambda done: None
+) -> Tensor:
     """Last hidden states, as they enter the head: (windows, length, width), in bfloat16 with `bf16`.
 
     They are what all logits come from, at a hundredth of their size.
@@ -59,6 +61,7 @@ def teacher_states(model: Any, windows: Tensor, bf16: bool) -> Tensor:
         with torch.autocast(windows.device.type, torch.bfloat16, enabled=bf16):
             found = model.base_model(input_ids=window[None], use_cache=False).last_hidden_state[0]
         states.append(found.bfloat16() if bf16 else found)
+        report(len(states) / len(windows))
     return torch.stack(states)
 
 

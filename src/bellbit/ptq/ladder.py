@@ -23,7 +23,7 @@ from bellbit.ptq.families import Family, InputGroup, fold_along_chain, fold_colu
 from bellbit.ptq.fit import Plan, Rates
 from bellbit.ptq.latent import LatentLinear, latent_linears
 from bellbit.ptq.loop import Progress, Run, relative_error, weight_of
-from bellbit.ptq.methods import Settings
+from bellbit.ptq.methods import METHODS, Settings
 from bellbit.ptq.reconstruct import reconstruct
 from bellbit.ptq.resume import Saved
 from bellbit.ptq.stream import BlockStream
@@ -33,27 +33,33 @@ TOGETHER = 4  # windows that go through a block at once where nothing is trained
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is trained. epochs: of each block, over the windows. distilled: epochs of distillation.
+    """How much is trained, and on how much text.
 
-    latents: rate of the latents in distillation; 0 trains scales and norms only.
+    own: windows that the model writes itself, for each one of calibration text. epochs: of each block, over all
+    windows. distilled: epochs of distillation.
     """
 
+    own: int
     epochs: int
     distilled: int
-    latents: float
 
 
 EFFORTS = {
-    "fast": Effort(epochs=2, distilled=1, latents=0.0),
-    "balanced": Effort(epochs=4, distilled=4, latents=0.0),
-    "best": Effort(epochs=12, distilled=16, latents=0.0),
+    "fast": Effort(own=1, epochs=2, distilled=1),
+    "balanced": Effort(own=1, epochs=2, distilled=2),
+    "best": Effort(own=3, epochs=3, distilled=3),
 }
 HELD_BACK = 16  # one window of so many, at least one, is kept to stop by
-DISTILL_COST = 1.5  # an epoch of distillation over one of reconstruction; only the progress bar depends on it
 # Of the demo model's first block, 4 epochs of 120 × 1024 tokens, error on the rest: .0644 with these, .0671 with .015
 # and .01, .0709 with .007 and .01, .0721 with .015 and .003.
 BLOCK_RATES = Rates(latents=0.03, relative=0.03)
 DISTILL_RELATIVE = 0.01
+
+
+def own_windows(settings: Settings, samples: int) -> int:
+    """How many windows of its own text the model writes beside `samples` of calibration text."""
+    climbs = METHODS[settings.method].climbs and "text" in settings.rungs
+    return EFFORTS[settings.effort].own * samples if climbs else 0
 
 
 @torch.no_grad()
@@ -76,30 +82,40 @@ def climb(
     bf16 = bf16_pays(device)
     epochs = effort.epochs if "blocks" in settings.rungs else 0
     distilled = effort.distilled if "distill" in settings.rungs else 0
-    share = 1 / (1 + distilled * DISTILL_COST / max(1, epochs))  # of the time, for the blocks
+    # in epochs of reconstruction of the demo model
+    budget, teacher, blockwise, whole = _parts(progress, 0.1, 0.25 * (distilled > 0), 0.5 + epochs, distilled)
 
-    def budget() -> dict[str, int]:
-        return _widths(model, family, settings, windows, bf16, lambda done: progress(0.05 * done, "bit budget"))
+    def measure() -> dict[str, int]:
+        return _widths(model, family, settings, windows, bf16, lambda done: budget(done, "bit budget"))
 
-    widths = saved.notes("budget", budget)
-    states = saved.tensor("teacher", lambda: teacher_states(model, windows, bf16)) if distilled else None
+    def listen() -> Tensor:
+        return teacher_states(model, windows, bf16, lambda done: teacher(done, "what the model itself says"))
+
+    widths = saved.notes("budget", measure)
+    states = saved.tensor("teacher", listen) if distilled else None
     blocks: list[nn.Module] = list(model.get_submodule(family.blocks).children())
     stream = BlockStream(model, blocks, windows, device, TOGETHER, bf16)
     plan = Plan(len(windows), _held_back(windows), epochs, BLOCK_RATES, seed * len(blocks) * epochs)
-    run = _quantize_blocks(
-        stream, model, family, settings, widths, plan, lambda done, text: progress(share * done, text), saved
-    )
+    run = _quantize_blocks(stream, model, family, settings, widths, plan, blockwise, saved)
     if states is not None:
-        rates = Rates(effort.latents, DISTILL_RELATIVE)
-        plan = Plan(len(windows), _held_back(windows), distilled, rates, seed * distilled)
+        plan = Plan(len(windows), _held_back(windows), distilled, Rates(0.0, DISTILL_RELATIVE), seed * distilled)
 
-        def telling(done: float, least: float) -> None:
-            progress(share + (1 - share) * done, f"distillation, divergence {least:.3f}")
+        def report(done: float, least: float) -> None:
+            whole(done, f"distillation, divergence {least:.3f}")
 
-        distill(model, windows, states, plan, bf16, telling, saved)
+        distill(model, windows, states, plan, bf16, report, saved)
     for name, layer in latent_linears(model).items():
         model.set_submodule(name, PackedLinear.holding(layer.packed(), bias=layer.bias))
     return run
+
+
+def _parts(progress: Progress, *costs: float) -> list[Progress]:
+    """One progress for each of several things done in turn, by what they cost."""
+
+    def part(before: float, cost: float) -> Progress:
+        return lambda done, text: progress((before + cost * done) / sum(costs), text)
+
+    return [part(sum(costs[:i]), cost) for i, cost in enumerate(costs)]
 
 
 def _held_back(windows: Tensor) -> int:

@@ -20,7 +20,7 @@ from bellbit.packed.save import check_output, quantization_config, round_unquant
 from bellbit.packed.tensor import mean_over_weights
 from bellbit.ptq.attention import fast_attention
 from bellbit.ptq.families import Family, check_foldable, family_of
-from bellbit.ptq.ladder import bf16_pays, climb
+from bellbit.ptq.ladder import bf16_pays, climb, own_windows
 from bellbit.ptq.loop import Observer, Progress, quantize_model
 from bellbit.ptq.methods import METHODS, Settings
 from bellbit.ptq.resume import Saved, fingerprint
@@ -102,9 +102,12 @@ def quantize(
     windows, calibration = None, {}
     if METHODS[method].calibrates:
         seq_len = window_length(config, seq_len)
-        calibration = {"source": calib, "samples": samples, "seq_len": seq_len, "seed": seed}
+        counts = dict(shares(calib, samples))
+        if (own := own_windows(settings, samples)) > 0:
+            counts[SELF] = counts.get(SELF, 0) + own
+        calibration = {"source": calib, "samples": samples, "own": own, "seq_len": seq_len, "seed": seed}
         parts = []
-        for source, count in shares(calib, samples):
+        for source, count in counts.items():
             if source == SELF:
                 writer = load_model(location, "bfloat16" if bf16_pays("cpu") else dtype, config)
                 check_finite(writer)

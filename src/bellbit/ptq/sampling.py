@@ -17,43 +17,46 @@ from bellbit.ptq.resume import fingerprint
 
 SELF = "self"  # as --calib
 TEXT = 256  # tokens of a text: four in a window of 1024 tell more than one long one, and cost a quarter of the time
-TOGETHER = 64  # texts written at once
+TOGETHER = 64  # texts written at once, and kept in one file
+MOST_PARTS = 2**20  # of such files with one seed
 
 
 @torch.no_grad()
 def sampled_windows(
     model: Any, tokenizer: Any, samples: int, seq_len: int, seed: int, report: Callable[[float], None]
 ) -> Tensor:
-    """Texts from BOS on as the model goes on, at temperature 1, past any end, joined: int64 (samples, seq_len).
+    """Texts as the model goes on from the mark that begins one, at temperature 1, past any end: (samples, seq_len).
 
-    They are kept in the cache, by the model's weights. Raises BellbitError if the tokenizer has no BOS.
+    The mark is BOS, or EOS where that is what separates texts. int64, several texts in a window. They are kept in the
+    cache, by the model's weights. Raises BellbitError if the tokenizer has no such mark.
     """
-    if tokenizer.bos_token_id is None:
-        raise BellbitError("--calib self starts from the beginning-of-sequence token, which this tokenizer lacks")
-    name = "-".join(map(str, (fingerprint(model), tokenizer.bos_token_id, samples, seq_len, seed)))
-    file = cache_dir() / "self" / f"{name}.safetensors"
-    if file.exists():
-        return load_file(file)["windows"]
-    length = min(TEXT, seq_len)
-    texts = torch.empty(math.ceil(samples * seq_len / length), length, dtype=torch.long)
+    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if first is None:
+        raise BellbitError("a text of the model's own begins with the BOS or EOS token, and this tokenizer has neither")
+    mark, length = fingerprint(model), min(TEXT, seq_len)
+    parts = math.ceil(samples * seq_len / length / TOGETHER)
+    folder = cache_dir() / "self"
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = []
+    for part in range(parts):
+        file = folder / f"{mark}-{first}-{length}-{seed}-{part}.safetensors"
+        if not file.exists():
+            partial = file.with_suffix(".partial")
+            save_file({"texts": _write(model, first, length, seed * MOST_PARTS + part)}, partial)
+            partial.replace(file)
+        texts.append(load_file(file)["texts"])
+        report((part + 1) / parts)
+    return torch.cat(texts).flatten()[: samples * seq_len].view(samples, seq_len)
+
+
+def _write(model: Any, first: int, length: int, seed: int) -> Tensor:
+    """What the model draws after the token `first`, which is part of it: int64 (TOGETHER, length)."""
+    texts = torch.full((TOGETHER, length), first)
+    cache = StaticCache(config=model.config, max_cache_len=length)  # one that grows is copied at every token
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        for start in range(0, len(texts), TOGETHER):
-            _write(model, texts[start : start + TOGETHER], tokenizer.bos_token_id)
-            report(min(1.0, (start + TOGETHER) / len(texts)))
-    windows = texts.flatten()[: samples * seq_len].view(samples, seq_len)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(".partial")
-    save_file({"windows": windows}, partial)
-    partial.replace(file)
-    return windows
-
-
-def _write(model: Any, texts: Tensor, first: int) -> None:
-    """Fill texts (n, length) with what the model draws after the token `first`."""
-    texts[:, 0] = first
-    cache = StaticCache(config=model.config, max_cache_len=texts.shape[1])  # one that grows is copied at every token
-    for place in range(1, texts.shape[1]):
-        latest = texts[:, place - 1 : place]
-        logits = model(input_ids=latest, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-        texts[:, place] = torch.multinomial(logits[:, -1].float().softmax(dim=-1), 1)[:, 0]
+        for place in range(1, length):
+            latest = texts[:, place - 1 : place]
+            logits = model(input_ids=latest, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+            texts[:, place] = torch.multinomial(logits[:, -1].float().softmax(dim=-1), 1)[:, 0]
+    return texts
