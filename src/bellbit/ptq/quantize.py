@@ -86,9 +86,6 @@ def quantize(
     target = check_output(out, overwrite, str(model))
     device, dtype = resolve_device(device, dtype)
 
-    def writing(done: float) -> None:
-        progress(0.02 * done, "writing calibration text")
-
     progress(0, "opening the model")
     location = locate(str(model))
     config = load_config(location)
@@ -107,6 +104,10 @@ def quantize(
             counts[SELF] = counts.get(SELF, 0) + own
         calibration = {"source": calib, "samples": samples, "own": own, "seq_len": seq_len, "seed": seed}
         parts = []
+
+        def writing(done: float) -> None:
+            progress(0.02 * done, "writing calibration text")
+
         for source, count in counts.items():
             if source == SELF:
                 writer = load_model(location, "bfloat16" if bf16_pays("cpu") else dtype, config)

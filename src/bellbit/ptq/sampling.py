@@ -33,13 +33,14 @@ def sampled_windows(
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if first is None:
         raise BellbitError("a text of the model's own begins with the BOS or EOS token, and this tokenizer has neither")
-    mark, length = fingerprint(model), min(TEXT, seq_len)
+    length = min(TEXT, seq_len)
+    name = f"{fingerprint(model)}-{first}-{length}-{seed}"
     parts = math.ceil(samples * seq_len / length / TOGETHER)
     folder = cache_dir() / "self"
     folder.mkdir(parents=True, exist_ok=True)
     texts = []
     for part in range(parts):
-        file = folder / f"{mark}-{first}-{length}-{seed}-{part}.safetensors"
+        file = folder / f"{name}-{part}.safetensors"
         if not file.exists():
             partial = file.with_suffix(".partial")
             save_file({"texts": _write(model, first, length, seed * MOST_PARTS + part)}, partial)
