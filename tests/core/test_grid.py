@@ -87,6 +87,16 @@ def test_one_sweep_of_descent_is_that_of_a_plain_loop():
     assert torch.equal(found.double(), levels)
 
 
+@pytest.mark.parametrize("width", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_straight_through_is_the_grid(width, dtype):
+    """In bfloat16, too, the code is that of the latent as it is, however near it lies to the edge of its cell."""
+    latent = torch.cat([torch.linspace(-5, 5, 301), torch.tensor([0.9999, 1.0, 1.0001, -1e-30, 1e-30, 0.0])])[None]
+    scales = torch.tensor([[0.5, 2.0, 1.0]])
+    found = grid.straight_through(latent, scales, width, dtype)
+    assert torch.equal(found.float(), grid.nearest_levels(latent, width) * grid.spread(scales, latent.shape[1]))
+
+
 def test_straight_through_gradients():
     latent = torch.tensor([[0.2, -1.7, 0.6]], requires_grad=True)
     scales = torch.tensor([[2.0, 3.0]], requires_grad=True)

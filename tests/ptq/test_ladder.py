@@ -78,6 +78,12 @@ def test_column_scales_and_their_hessians_leave_the_output_error_as_it_is(name):
             torch.testing.assert_close(((weight @ hessians[group]) * weight).sum(), before[linear], rtol=1e-3, atol=0)
 
 
+def test_a_weight_of_minus_zero_has_one_sign_in_training_and_packed():
+    weight = torch.full((1, 16), -0.0)
+    layer = LatentLinear.starting(weight, torch.full((1, 16), 0.5), torch.ones(1, 1), 1, None)
+    assert torch.equal(layer.weight(), layer.packed().dequantize())
+
+
 def test_a_latent_linear_starts_with_the_codes_it_is_given_and_packs_them():
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(6, 200, generator=generator)
@@ -141,6 +147,16 @@ def test_every_rung_comes_nearer_to_the_float_model(monkeypatch):
             float(torch.nn.functional.kl_div(logits, expected, log_target=True, reduction="sum")) / tokens.numel()
         )
     assert found == sorted(found, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("length", "count", "piece"), [(512, 1, 512), (1024, 2, 512), (700, 2, 350), (1025, 3, 341), (32, 1, 32)]
+)
+def test_windows_are_cut_into_few_pieces(length, count, piece):
+    tokens = torch.arange(2 * length).view(2, length)
+    found = ladder._in_pieces(tokens)
+    assert found.shape == (2 * count, piece) and piece <= ladder.PIECE
+    assert torch.equal(found[count - 1 :: count], tokens[:, (count - 1) * piece : count * piece])
 
 
 def test_the_same_seed_gives_the_same_bytes(briefly):

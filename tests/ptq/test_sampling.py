@@ -36,11 +36,19 @@ def test_windows_come_from_the_model_and_are_kept(tmp_path):
 @pytest.mark.parametrize("name", sorted(CONFIGS))
 def test_each_token_follows_from_all_before_it(name, monkeypatch):
     """Across the edge of a sliding window of 48; the likeliest token in the place of a draw."""
-    monkeypatch.setattr(torch, "multinomial", lambda shares, _: shares.argmax(dim=-1, keepdim=True))
+    monkeypatch.setattr(sampling, "_draw", lambda logits: logits.argmax(dim=-1))
     model = random_model(CONFIGS[name]())
     found = sampled(model, byte_tokenizer(), 1, seq_len=60)
     with torch.no_grad():
         assert torch.equal(model(found).logits.argmax(dim=-1)[:, :-1], found[:, 1:])
+
+
+def test_tokens_are_drawn_by_their_probability():
+    torch.manual_seed(0)
+    shares = torch.tensor([0.0, 0.1, 0.6, 0.0, 0.3, 0.0])
+    counts = sampling._draw(shares.log().expand(20_000, -1)).bincount(minlength=6) / 20_000
+    assert torch.allclose(counts, shares, atol=0.015)  # four standard deviations; largest found .003
+    assert counts[shares == 0].sum() == 0
 
 
 def test_several_texts_make_a_window(monkeypatch):

@@ -34,7 +34,7 @@ class LatentLinear(nn.Module):
         low = levels - 0.5
         inside = nearest_levels(relative, width) == levels
         latent = torch.where(inside, relative, relative.clamp(low + MARGIN, low + 1 - MARGIN))
-        return cls(latent, scales.log(), width, bias)
+        return cls(latent + 0.0, scales.log(), width, bias)
 
     @property
     def in_features(self) -> int:
