@@ -217,6 +217,11 @@ def test_sign128_with_a_short_block():
     assert torch.equal(weight.dequantize()[:, 128:], torch.where(dense[:, 128:] >= 0, scale, -scale))
 
 
+def test_sign128_of_one_short_row():
+    weight = Sign128.pack(torch.tensor([[True, False, True]]), torch.tensor([[0.5]])).dequantize()
+    assert weight.tolist() == [[0.5, -0.5, 0.5]]
+
+
 def test_the_sign_methods_scale_is_the_best_one():
     """Given the signs, mean |w| has the least squared error: moving it either way is worse."""
     dense = weight_of(4, 128)

@@ -164,7 +164,7 @@ class Sign128(PackedTensor):
             columns = min(SIGN_BLOCK, self.shape[1] - first)
             bits = start + _SCALE_BYTES
             stop = bits + packed_width(columns)
-            scale = self.blocks[:, start:bits].contiguous().view(torch.float16).float()
+            scale = self.blocks[:, start:bits].clone(memory_format=torch.contiguous_format).view(torch.float16).float()
             weights.append(torch.where(unpack_bits(self.blocks[:, bits:stop], columns), scale, -scale))
             start = stop
         return torch.cat(weights, dim=1)
