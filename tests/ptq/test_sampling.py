@@ -68,7 +68,7 @@ def test_a_text_begins_with_what_separates_texts():
 
 @pytest.mark.parametrize(
     ("rungs", "effort", "calib", "own"),
-    [(("codes",), "best", "", 0), (("text", "codes"), "fast", "", 2), (("text", "codes"), "best", ",self", 6)],
+    [(("codes",), "best", "", 0), (("text", "codes"), "fast", "", 2), (("text", "codes"), "best", ",self", 4)],
 )
 def test_the_ladder_adds_text_of_its_own_to_what_it_is_given(
     tiny_model, english, tmp_path, monkeypatch, rungs, effort, calib, own

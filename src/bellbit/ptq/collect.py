@@ -73,10 +73,15 @@ def group_hessians(
     settings: Settings,
     name: str,
     report: Callable[[float], None],
+    at_most: int | None = None,
 ) -> dict[InputGroup, Tensor]:
-    """One Hessian per group, from the chain through the quantized blocks, activations rounded as at inference."""
+    """One Hessian per group, from the chain through the quantized blocks, activations rounded as at inference.
+
+    at_most: windows that are looked at, the first ones.
+    """
     hessians: dict[InputGroup, Tensor] = {}
-    samples = len(stream.inputs)
+    hidden = stream.inputs[:at_most]
+    samples = len(hidden)
 
     def hook(group: InputGroup, linear: str) -> Callable[[Tensor], Tensor]:
         def take(x: Tensor) -> Tensor:
@@ -98,7 +103,7 @@ def group_hessians(
         for linear in family.rounded_outputs
     }
     with _hooks(block, hooks, outputs):
-        stream.run(block, stream.inputs, report, keep=False)
+        stream.run(block, hidden, report, keep=False)
     for group, hessian in hessians.items():
         if not bool(hessian.isfinite().all()):
             raise BellbitError(

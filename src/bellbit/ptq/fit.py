@@ -57,12 +57,17 @@ def parameter_groups(module: nn.Module, rates: Rates) -> list[dict[str, Any]]:
     return [group for group in groups if group["lr"] > 0]
 
 
-def cosine(step: int, steps: int) -> float:
-    """Share of the largest rate: up in the first 5 % of the steps, then half a cosine down to nothing."""
+def squared_cosine(step: int, steps: int) -> float:
+    """Share of the largest rate: up in the first 5 % of the steps, then the square of half a cosine down to nothing.
+
+    Signs near zero settle only as the rate goes to nothing. Error held back of the demo model's first block after 2
+    epochs of 226 × 1024 tokens, by the power of the cosine: .0666 (1), .0642 (2), .0647 (3), .0666 (5); .0735 with a
+    line instead, .087 with exponentials to 1/30 and 1/3000.
+    """
     rise = max(1, round(WARM_UP * steps))
     if step < rise:
         return (step + 1) / rise
-    return (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise))) / 2
+    return ((1 + math.cos(math.pi * (step - rise) / max(1, steps - rise))) / 2) ** 2
 
 
 class _State:
@@ -148,7 +153,7 @@ def fit(
             error(index).backward()
             nn.utils.clip_grad_norm_(tuned, LARGEST_NORM)
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * cosine(step, steps)
+                group["lr"] = rate * squared_cosine(step, steps)
             optimizer.step()
             optimizer.zero_grad()
             report((step + 1) / steps, min(state.errors))

@@ -20,7 +20,7 @@ from bellbit.packed.save import check_output, quantization_config, round_unquant
 from bellbit.packed.tensor import mean_over_weights
 from bellbit.ptq.attention import fast_attention
 from bellbit.ptq.families import Family, check_foldable, family_of
-from bellbit.ptq.ladder import bf16_pays, climb, own_windows
+from bellbit.ptq.ladder import EFFORTS, bf16_pays, climb, own_windows
 from bellbit.ptq.loop import Observer, Progress, quantize_model
 from bellbit.ptq.methods import METHODS, Settings
 from bellbit.ptq.resume import Saved, fingerprint
@@ -128,7 +128,8 @@ def quantize(
     release_memory()
 
     partial = target.with_name(target.name + ".partial") if METHODS[method].climbs else None
-    saved = Saved(partial, {**provenance, "model": fingerprint(network)}, resume, overwrite)
+    trained = asdict(EFFORTS[settings.effort])
+    saved = Saved(partial, {**provenance, "effort": trained, "model": fingerprint(network)}, resume, overwrite)
 
     def advance(share: float, text: str) -> None:
         progress(0.02 + 0.95 * share, text)
