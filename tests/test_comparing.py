@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 
 import bellbit
 from bellbit import comparing
-from bellbit.comparing import DEFAULT, Request, agreement, compare, measure, parse
+from bellbit.comparing import DEFAULT, Request, agreement, compare, measure, most_own, parse
 from bellbit.errors import BellbitError
 from bellbit.evaluate import perplexity
 from bellbit.exporting import export_gguf
@@ -49,6 +49,11 @@ def test_methods_with_options_are_understood(spec, options):
 def test_what_is_no_method_is_told(spec, message, request_, tmp_path):
     with pytest.raises(BellbitError, match=message):
         compare(request_, [spec], tmp_path, lambda *_: None)
+
+
+def test_text_of_the_models_own_is_counted():
+    assert most_own(["none", "gptq:bits=2"], 8) == 0
+    assert most_own(["sign", "bellbit:effort=fast", "bellbit:rungs=codes+blocks"], 8) == 8
 
 
 def test_agreement_with_oneself_and_with_another(tiny_model):

@@ -449,14 +449,16 @@ def compare(
 ) -> None:
     """Quantize MODEL by several methods and put them side by side: true bits, perplexity, time, memory."""
     from bellbit import report
-    from bellbit.comparing import DEFAULT, Request
+    from bellbit.comparing import DEFAULT, Request, most_own
     from bellbit.comparing import compare as run
     from bellbit.figures import draw_map
 
     specs = DEFAULT if methods == "all" else tuple(methods.split(","))
+    own = most_own(specs, samples)
+    written = f" (bellbit: and up to {own} windows that it writes itself)" if own else ""
     _say(
-        f"Comparing {len(specs)} methods on {model}, calibrated on {samples} × {_tokens(seq_len)} tokens of {calib}, "
-        f"measured on {data}; results go to {out}."
+        f"Comparing {len(specs)} methods on {model}, calibrated on {samples} × {_tokens(seq_len)} tokens of "
+        f"{calib}{written}, measured on {data}; results go to {out}."
     )
     request = Request(model, data, seq_len, windows, calib, samples, seed)
     with report.progress_bar(err_console) as progress:

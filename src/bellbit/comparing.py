@@ -22,7 +22,8 @@ from bellbit.evaluate import perplexity
 from bellbit.inspection import inspect
 from bellbit.loading import load_config, load_model, load_tokenizer, locate, window_length
 from bellbit.memory import peak_memory
-from bellbit.ptq.methods import Settings
+from bellbit.ptq.ladder import own_windows
+from bellbit.ptq.methods import METHODS, Settings
 from bellbit.ptq.quantize import quantize
 
 NONE = "none"  # the model as it is
@@ -107,6 +108,14 @@ def parse(spec: str) -> tuple[str, dict[str, Any]]:
     if method != NONE:
         Settings(method, **options)
     return method, options
+
+
+def most_own(specs: Iterable[str], samples: int) -> int:
+    """Windows that the model writes itself beside `samples` of calibration text, in the row that takes most of them."""
+    parsed = [parse(spec) for spec in specs]
+    return max(
+        (own_windows(Settings(name, **options), samples) for name, options in parsed if name in METHODS), default=0
+    )
 
 
 def compare(request: Request, specs: Iterable[str], out: Path, progress: Callable[[float, str], None]) -> list[Row]:

@@ -195,15 +195,18 @@ def test_code_that_comes_with_a_model_is_not_run_and_nobody_is_asked(tmp_path, e
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_broken_weights_are_refused_by_name(tiny_model, tmp_path, english, value):
+@pytest.mark.parametrize(
+    ("value", "method", "calib"),
+    [(float("nan"), "dbellquant", ""), (float("inf"), "dbellquant", ""), (float("nan"), "bellbit", "self")],
+)
+def test_broken_weights_are_refused_by_name(tiny_model, tmp_path, english, value, method, calib):
     folder = tmp_path / "broken"
     model = AutoModelForCausalLM.from_pretrained(tiny_model("llama"))
     model.model.layers[1].mlp.up_proj.weight.data[3, 4] = value
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(tiny_model("llama")).save_pretrained(folder)
     with pytest.raises(BellbitError, match=r"'model\.layers\.1\.mlp\.up_proj\.weight' of the model holds NaN or inf"):
-        bellbit.quantize(folder, tmp_path / "out", calib=str(english), samples=2, seq_len=32)
+        bellbit.quantize(folder, tmp_path / "out", method, calib=calib or str(english), samples=2, seq_len=32)
     assert not (tmp_path / "out").exists()
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from bellbit.core.grid import GROUP, first_codes, spread
 from bellbit.ptq.distill import divergence, teacher_states
+from bellbit.ptq.stream import acting
 
 SCALE_BITS = 16
 
@@ -68,7 +69,7 @@ def rounding_losses(
     head = model.get_output_embeddings().weight.to(states.dtype)
     found: dict[str, float] = {}
     for index, block in enumerate(blocks):
-        with _starting_at(blocks, index, inputs[index]):
+        with acting(blocks[:index], partial(_giving, inputs[index])):
             for linear in linears:
                 weight: Any = block.get_submodule(linear).weight
                 kept = weight.clone()
@@ -80,13 +81,6 @@ def rounding_losses(
     return found
 
 
-@contextmanager
-def _starting_at(blocks: Sequence[nn.Module], index: int, hidden: Tensor) -> Iterator[None]:
-    """Inside, blocks before `index` do nothing, and that one gets `hidden`."""
-    for block in blocks[:index]:
-        block.forward = lambda *_args, **_kwargs: hidden
-    try:
-        yield
-    finally:
-        for block in blocks[:index]:
-            del block.forward
+def _giving(hidden: Tensor, _: nn.Module) -> Callable[..., Tensor]:
+    """The forward pass of a block that does nothing but hand on `hidden`."""
+    return lambda *_args, **_kwargs: hidden

@@ -94,6 +94,12 @@ def family_of(config: Any) -> Family:
     return family
 
 
+def linear_names(model: Any, family: Family) -> list[str]:
+    """Full names of the linears that are quantized, block after block, in the order in which their inputs come."""
+    count = len(model.get_submodule(family.blocks))
+    return [f"{family.blocks}.{i}.{name}" for i in range(count) for group in family.groups for name in group.linears]
+
+
 _NO_FOLDING = "use --ltdb off (dbellquant), --columns none (bellbit), or another method"
 
 

@@ -20,7 +20,14 @@ from bellbit.packed.linear import PackedLinear
 from bellbit.ptq.budget import allocate, rounding_losses
 from bellbit.ptq.collect import group_hessians
 from bellbit.ptq.distill import distill, teacher_states
-from bellbit.ptq.families import Family, InputGroup, fold_along_chain, fold_column_scales, shared_by_heads
+from bellbit.ptq.families import (
+    Family,
+    InputGroup,
+    fold_along_chain,
+    fold_column_scales,
+    linear_names,
+    shared_by_heads,
+)
 from bellbit.ptq.fit import Plan, Rates
 from bellbit.ptq.latent import LatentLinear, latent_linears
 from bellbit.ptq.loop import Progress, Run, relative_error, weight_of
@@ -267,13 +274,11 @@ def _widths(
     model: Any, family: Family, settings: Settings, windows: Tensor, bf16: bool, report: Callable[[float], None]
 ) -> dict[str, int]:
     """Bits of every linear by name, under the budget."""
-    count = len(model.get_submodule(family.blocks))
-    linears = [name for group in family.groups for name in group.linears]
-    names = [f"{family.blocks}.{i}.{name}" for i in range(count) for name in linears]
-    shapes = {name: weight_of(model, name).shape for name in names}
-    alike = allocate(shapes, dict.fromkeys(names, 0.0), settings.bpw)
+    shapes = {name: weight_of(model, name).shape for name in linear_names(model, family)}
+    alike = allocate(shapes, dict.fromkeys(shapes, 0.0), settings.bpw)
     base = min(alike.values())
     if max(alike.values()) == base:
         return alike
+    linears = [name for group in family.groups for name in group.linears]
     losses = rounding_losses(model, family.blocks, linears, windows[0], base, bf16, report)
     return allocate(shapes, losses, settings.bpw)

@@ -19,7 +19,7 @@ from bellbit.packed.linear import packed_linears
 from bellbit.packed.save import check_output, quantization_config, round_unquantized, save_checkpoint
 from bellbit.packed.tensor import mean_over_weights
 from bellbit.ptq.attention import fast_attention
-from bellbit.ptq.families import Family, check_foldable, family_of
+from bellbit.ptq.families import check_foldable, family_of, linear_names
 from bellbit.ptq.ladder import EFFORTS, bf16_pays, climb, own_windows
 from bellbit.ptq.loop import Observer, Progress, quantize_model
 from bellbit.ptq.methods import METHODS, Settings
@@ -123,7 +123,7 @@ def quantize(
     provenance = {"source": str(model), "settings": asdict(settings), "calibration": calibration}
     network = load_model(location, dtype, config)
     check_finite(network)
-    round_unquantized(network, linears_of(network, family))
+    round_unquantized(network, set(linear_names(network, family)))
     gc.collect()  # readers of model files leave cycles behind that hold the whole file
     release_memory()
 
@@ -161,12 +161,6 @@ def quantize(
         seconds=saved.seconds + time.perf_counter() - started,
         algorithm_seconds=run.algorithm_seconds,
     )
-
-
-def linears_of(model: Any, family: Family) -> set[str]:
-    """Full names of the linears that will be quantized."""
-    count = len(model.get_submodule(family.blocks))
-    return {f"{family.blocks}.{i}.{name}" for i in range(count) for group in family.groups for name in group.linears}
 
 
 def check_finite(model: nn.Module) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -13,6 +13,19 @@ from torch.utils._pytree import tree_map_only
 
 class StopBlock(Exception):
     """Raised by a hook that has seen all it wants: the rest of the block need not run for this batch."""
+
+
+@contextmanager
+def acting(blocks: Iterable[nn.Module], forward_of: Callable[[nn.Module], Callable[..., Tensor]]) -> Iterator[None]:
+    """Inside, every block does what `forward_of` it says, and nothing of its own."""
+    replaced = list(blocks)
+    for block in replaced:
+        block.forward = forward_of(block)
+    try:
+        yield
+    finally:
+        for block in replaced:
+            del block.forward
 
 
 class BlockStream:
@@ -55,18 +68,13 @@ class BlockStream:
 
             return record
 
-        for block in blocks:
-            block.forward = recorder(block)
         inputs = torch.empty(0)
-        try:
+        with acting(blocks, recorder):
             for i, window in enumerate(windows):
                 model.base_model(input_ids=window[None], use_cache=False)
                 if i == 0:
                     inputs = latest[0].new_empty(len(windows), *latest[0].shape[1:])
                 inputs[i] = latest[0][0]
-        finally:
-            for block in blocks:
-                del block.forward
         return inputs
 
     def caller(self, block: nn.Module) -> Callable[[Tensor], Tensor]:
