@@ -36,10 +36,11 @@ from bellbit.ptq.reconstruct import reconstruct
 from bellbit.ptq.resume import Saved
 from bellbit.ptq.stream import BlockStream
 
-TOGETHER = 4  # windows that go through a block at once where nothing is trained
-# Tokens at most that a step of distillation sees. Divergence of the demo model on unseen windows of wiki-sample and of
-# its own, after one epoch of 120 × 1024 tokens: 1.87 and 1.27 with 1024 (416 s), 1.79 and 1.24 with 512 (360 s), 1.78
-# and 1.23 with 256 (476 s).
+TOGETHER = 8  # pieces that go through a block at once where nothing is trained
+# Tokens at most that a step of training sees. Divergence of the demo model on unseen windows of wiki-sample with five
+# blocks reconstructed, 2 epochs of 120 × 1024 tokens: .751 with 1024 (106 s), .496 with 512 (97 s), .468 with 256 and
+# lower rates (114 s; 512 with lower rates: .479). After an epoch of distillation, from the same blocks: 1.87 with 1024
+# (416 s), 1.79 with 512 (360 s), 1.78 with 256 (476 s).
 PIECE = 512
 
 
@@ -64,11 +65,10 @@ EFFORTS = {
 # Blocks that are trained twice as long, as all that follow live with what these lose: of a divergence of 1.8 in the
 # end, .33 is there after two. With 8 epochs for 2: .275 and .256 for .329 and .303 (unseen wiki-sample, own text).
 FIRST_BLOCKS = 2
-HELD_BACK = 16  # one window of so many, at least one, is kept to stop by
-# Of the demo model's first block, 4 epochs of 120 × 1024 tokens, error on the rest: .0644 with these, .0671 with .015
-# and .01, .0709 with .007 and .01, .0721 with .015 and .003.
-BLOCK_RATES = Rates(latents=0.03, relative=0.03)
-HESSIAN_WINDOWS = 64  # at most; what training starts from need not know all
+HELD_BACK = 16  # one piece of so many, at least one, is kept to stop by
+# In the setting of PIECE: .476 with .015 and .05, .479 with .02 and .03, .496 with .03 and .03, .530 with .02 and .01.
+BLOCK_RATES = Rates(latents=0.02, relative=0.03)
+HESSIAN_PIECES = 128  # at most; what training starts from need not know all
 DISTILL_RELATIVE = 0.01
 
 
@@ -108,14 +108,15 @@ def climb(
         return teacher_states(model, pieces, bf16, lambda done: teacher(done, "what the model itself says"))
 
     pieces = _in_pieces(windows)
+    held_back = max(1, len(pieces) // HELD_BACK)
     widths = saved.notes("budget", measure)
     states = saved.tensor("teacher", listen) if distilled else None
     blocks: list[nn.Module] = list(model.get_submodule(family.blocks).children())
-    stream = BlockStream(model, blocks, windows, device, TOGETHER, bf16)
-    plan = Plan(len(windows), _held_back(windows), epochs, BLOCK_RATES, seed * len(blocks) * 2 * epochs)
+    stream = BlockStream(model, blocks, pieces, device, TOGETHER, bf16)
+    plan = Plan(len(pieces), held_back, epochs, BLOCK_RATES, seed * len(blocks) * 2 * epochs)
     run = _quantize_blocks(stream, model, family, settings, widths, plan, blockwise, saved)
     if states is not None:
-        plan = Plan(len(pieces), _held_back(pieces), distilled, Rates(0.0, DISTILL_RELATIVE), seed * distilled)
+        plan = Plan(len(pieces), held_back, distilled, Rates(0.0, DISTILL_RELATIVE), seed * distilled)
 
         def report(done: float, least: float) -> None:
             whole(done, f"distillation, divergence {least:.3f}")
@@ -140,10 +141,6 @@ def _in_pieces(windows: Tensor) -> Tensor:
     count = math.ceil(windows.shape[1] / PIECE)
     length = windows.shape[1] // count
     return windows[:, : count * length].reshape(-1, length)
-
-
-def _held_back(windows: Tensor) -> int:
-    return max(1, len(windows) // HELD_BACK)
 
 
 def _quantize_blocks(
@@ -250,7 +247,7 @@ def _enter(
 
     widths: by linear. Returns the relative output `errors` by linear, and the `fallbacks`.
     """
-    hessians = group_hessians(stream, block, family, settings, name, ignore, HESSIAN_WINDOWS)
+    hessians = group_hessians(stream, block, family, settings, name, ignore, HESSIAN_PIECES)
     if "columns" in settings.rungs:
         fold_columns(block, family, hessians, settings.columns, head_dim)
     errors: dict[str, float] = {}
