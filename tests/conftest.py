@@ -11,14 +11,26 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers.models.falcon import FalconConfig
+from transformers.models.gemma2 import Gemma2Config
 from transformers.models.gemma3 import Gemma3TextConfig
+from transformers.models.gpt2 import GPT2Config
+from transformers.models.gpt_neox import GPTNeoXConfig
 from transformers.models.llama import LlamaConfig
 from transformers.models.mistral import MistralConfig
+from transformers.models.mixtral import MixtralConfig
+from transformers.models.olmo2 import Olmo2Config
 from transformers.models.opt import OPTConfig
+from transformers.models.phi3 import Phi3Config
 from transformers.models.qwen2 import Qwen2Config
 from transformers.models.qwen3 import Qwen3Config
+from transformers.models.qwen3_moe import Qwen3MoeConfig
+from transformers.models.smollm3 import SmolLM3Config
+from transformers.models.stablelm import StableLmConfig
 
+from bellbit.packed.linears import unfuse
 from bellbit.ptq import sampling
+from bellbit.ptq.families import family_of
 
 torch.set_num_threads(1)  # the models are so small that a second thread only costs
 
@@ -28,6 +40,16 @@ LLAMA_LIKE = {
     "intermediate_size": 320,
     "num_attention_heads": 6,
     "num_key_value_heads": 2,
+    "num_hidden_layers": 2,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 512,
+    "bos_token_id": 256,
+    "eos_token_id": 257,
+    "pad_token_id": 257,
+}
+PLAIN = {
+    "hidden_size": 192,
+    "num_attention_heads": 6,
     "num_hidden_layers": 2,
     "vocab_size": VOCABULARY,
     "max_position_embeddings": 512,
@@ -48,6 +70,30 @@ CONFIGS = {
         layer_types=["sliding_attention", "full_attention"],
         tie_word_embeddings=True,
     ),
+    "gemma2": lambda: Gemma2Config(
+        **LLAMA_LIKE, head_dim=32, query_pre_attn_scalar=32, sliding_window=48, tie_word_embeddings=True
+    ),
+    "olmo2": lambda: Olmo2Config(**LLAMA_LIKE),
+    "phi3": lambda: Phi3Config(**LLAMA_LIKE),
+    "smollm3": lambda: SmolLM3Config(**LLAMA_LIKE),
+    "stablelm": lambda: StableLmConfig(**LLAMA_LIKE),
+    "stablelm-parallel": lambda: StableLmConfig(**LLAMA_LIKE, use_parallel_residual=True),
+    "mixtral": lambda: MixtralConfig(**LLAMA_LIKE, num_local_experts=4, num_experts_per_tok=2),
+    "qwen3_moe": lambda: Qwen3MoeConfig(  # its first block has no experts
+        **LLAMA_LIKE,
+        head_dim=32,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=128,
+        mlp_only_layers=[0],
+    ),
+    "gpt_neox": lambda: GPTNeoXConfig(**PLAIN, intermediate_size=320),
+    "gpt2": lambda: GPT2Config(
+        n_embd=192, n_inner=320, n_head=6, n_layer=2, n_positions=512, vocab_size=VOCABULARY, bos_token_id=256
+    ),
+    "falcon": lambda: FalconConfig(**PLAIN, ffn_hidden_size=320),
+    "falcon-40b": lambda: FalconConfig(**PLAIN, ffn_hidden_size=320, new_decoder_architecture=True, num_kv_heads=2),
+    "falcon-rw": lambda: FalconConfig(**PLAIN, ffn_hidden_size=320, parallel_attn=False, multi_query=False, alibi=True),
     "opt": lambda: OPTConfig(
         hidden_size=192,
         ffn_dim=320,
@@ -75,8 +121,16 @@ def byte_tokenizer():
     )
 
 
-def random_model(config):
-    """A random model whose norms, biases and channels differ as a trained model's do."""
+def family_named(name):
+    """The family of one of CONFIGS."""
+    return family_of(CONFIGS[name]())
+
+
+def random_model(config, as_stored=False):
+    """A random model whose norms, biases and channels differ as a trained model's do.
+
+    as_stored: with matrices as transformers has them, not each a linear.
+    """
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
@@ -85,7 +139,9 @@ def random_model(config):
                 centre = 1.0 if "norm" in name and "bias" not in name else 0.0
                 parameter.copy_(centre + 0.2 * torch.randn_like(parameter))
             else:
-                parameter.mul_(torch.randn(parameter.shape[1]).mul(0.5).exp() * 4)
+                parameter.mul_(torch.randn(parameter.shape[-1]).mul(0.5).exp() * 4)
+    if not as_stored:
+        unfuse(model)
     return model
 
 
@@ -110,7 +166,7 @@ def tiny_model(models_dir):
     def make(name):
         folder = models_dir / name
         if not folder.exists():
-            random_model(CONFIGS[name]()).save_pretrained(folder)
+            random_model(CONFIGS[name](), as_stored=True).save_pretrained(folder)
             byte_tokenizer().save_pretrained(folder)
         return folder
 

@@ -135,6 +135,9 @@ def quantize(
     dtype: DtypeOption = "auto",
     figures: Annotated[Path | None, typer.Option(help="Draw some layers before and after into this directory.")] = None,
     resume: Annotated[bool, typer.Option(help="Go on with the run in OUT.partial (bellbit).")] = False,
+    allow_unknown: Annotated[
+        bool, typer.Option(help="Quantize an architecture that bellbit does not know, without folding.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace OUT if it exists.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -186,6 +189,7 @@ def quantize(
             dtype=dtype,
             overwrite=overwrite,
             resume=resume,
+            allow_unknown=allow_unknown,
             progress=progress,
             observer=drawing,
             **options,

@@ -34,7 +34,11 @@ def test_it_is_pytorchs_attention(length, heads, of_keys):
         torch.testing.assert_close(own, other, rtol=0, atol=1e-5)  # keys' and values' are summed in float32: 5e-7
 
 
-@pytest.mark.parametrize("name", sorted(CONFIGS))
+# Gemma 2 attends by eager code, Falcon by its own; with bfloat16 routers choose other experts, which hides the rest
+OTHERS = {"gemma2", "falcon", "falcon-40b", "falcon-rw", "mixtral", "qwen3_moe"}
+
+
+@pytest.mark.parametrize("name", sorted(set(CONFIGS) - OTHERS))
 def test_models_attend_that_way_under_autocast(name):
     """The tiny Mistral has a sliding window in every layer, and so none of it."""
     model, tokens = random_model(CONFIGS[name]()), windows(2, 100)

@@ -5,11 +5,13 @@ from bellbit.core.hessian import inverse_factor
 from bellbit.errors import BellbitError
 from bellbit.packed.save import packed_linears
 from bellbit.ptq import loop
-from bellbit.ptq.families import FAMILIES
+from bellbit.ptq.families import linear_names
+from bellbit.ptq.ladder import climb
 from bellbit.ptq.loop import quantize_model
 from bellbit.ptq.methods import Settings
+from bellbit.ptq.resume import Saved
 from bellbit.ptq.stream import BlockStream
-from conftest import CONFIGS, random_model
+from conftest import CONFIGS, family_named, random_model
 
 FAMILY_NAMES = sorted(CONFIGS)
 
@@ -20,7 +22,7 @@ def windows(samples=6, length=64):
 
 def run(name, settings=None, tokens=None, observer=None, model=None):
     model = model or random_model(CONFIGS[name]())
-    family = FAMILIES[name]
+    family = family_named(name)
     settings = (settings or Settings(ltdb_steps=3)).resolved(family)
     result = quantize_model(
         model, family, settings, windows() if tokens is None else tokens, "cpu", lambda *_: None, observer
@@ -31,7 +33,7 @@ def run(name, settings=None, tokens=None, observer=None, model=None):
 @pytest.mark.parametrize("name", FAMILY_NAMES)
 def test_blocks_run_alone_give_the_models_hidden_states(name):
     model = random_model(CONFIGS[name]())
-    blocks = list(model.get_submodule(FAMILIES[name].blocks))
+    blocks = list(model.get_submodule(family_named(name).blocks))
     tokens = windows(5)
     stream = BlockStream(model, blocks, tokens, "cpu", batch_size=2)
     with torch.no_grad():
@@ -45,8 +47,8 @@ def test_blocks_run_alone_give_the_models_hidden_states(name):
 @pytest.mark.parametrize("name", FAMILY_NAMES)
 def test_every_linear_of_every_block_is_packed(name):
     model, result = run(name)
-    family = FAMILIES[name]
-    expected = {f"{family.blocks}.{i}.{linear}" for i in range(2) for g in family.groups for linear in g.linears}
+    family = family_named(name)
+    expected = set(linear_names(random_model(CONFIGS[name]()), family))
     assert set(packed_linears(model)) == expected == set(result.errors)
     assert all(0 < error < 1 for error in result.errors.values())
     assert result.fallbacks == []
@@ -118,9 +120,9 @@ def test_activation_bits_are_rounded_while_calibrating(monkeypatch):
 
 
 def test_opt_smooths_and_learns_only_on_demand():
-    assert Settings().resolved(FAMILIES["opt"]).ltdb == "smooth"
-    assert Settings(ltdb="learn").resolved(FAMILIES["opt"]).ltdb == "learn"
-    assert Settings().resolved(FAMILIES["llama"]).ltdb == "learn"
+    assert Settings().resolved(family_named("opt")).ltdb == "smooth"
+    assert Settings(ltdb="learn").resolved(family_named("opt")).ltdb == "learn"
+    assert Settings().resolved(family_named("llama")).ltdb == "learn"
 
 
 def test_column_scales_lower_the_error_of_the_first_block():
@@ -163,3 +165,21 @@ def test_infinite_inputs_are_refused_by_layer():
     model.model.layers[1].self_attn.v_proj.weight.data.mul_(1e38)
     with pytest.raises(BellbitError, match=r"inputs of model\.layers\.1\.self_attn\.o_proj hold NaN or infinite"):
         run("llama", Settings("billm"), model=model)
+
+
+@pytest.mark.parametrize("climbs", [False, True])
+def test_an_expert_that_saw_few_tokens_is_rounded_plainly_and_told(climbs):
+    model, tokens = random_model(CONFIGS["mixtral"]()), windows()
+    block = model.model.layers[1]
+    with torch.no_grad():
+        block.mlp.gate.top_k = 1
+        block.mlp.gate.weight[1:] = torch.stack([-block.mlp.gate.weight[0], *torch.zeros(2, 192)])
+    family = family_named("mixtral")  # a token goes to the first expert or to the second
+    settings = Settings("bellbit", effort="fast") if climbs else Settings("gptq")
+    settings = settings.resolved(family)
+    if climbs:
+        result = climb(model, family, settings, tokens, "cpu", 0, lambda *_: None, Saved(None, {}, False, False))
+    else:
+        result = quantize_model(model, family, settings, tokens, "cpu", lambda *_: None)
+    assert {f"model.layers.1.mlp.experts.3.{name}_proj" for name in ("gate", "up", "down")} <= set(result.fallbacks)
+    assert model(tokens).logits.isfinite().all()

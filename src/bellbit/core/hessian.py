@@ -42,6 +42,11 @@ class InverseFactor(NamedTuple):
     damping: float | None
 
 
+def unknown_factor(width: int, device: torch.device | str = "cpu") -> InverseFactor:
+    """That of inputs of which too little is known: rounding without error compensation, no input dead."""
+    return InverseFactor(torch.eye(width, device=device), torch.zeros(width, dtype=torch.bool, device=device), None)
+
+
 def inverse_factor(hessian: Tensor) -> InverseFactor:
     """Factor the inverse of the damped Hessian: H⁻¹ = UᵀU.
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -15,7 +15,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from bellbit.errors import BellbitError
 from bellbit.packed.checkpoint import FORMAT_VERSION, check_config, module_layout, verify
 from bellbit.packed.half import keep_half, settle_half
-from bellbit.packed.linear import PackedLinear
+from bellbit.packed.linear import PackedLinear, packed_linears
+from bellbit.packed.linears import unfuse
 from bellbit.quantizers import Quantizer, quantizer
 
 QUANT_METHOD = "bellbit"
@@ -68,6 +69,7 @@ class BellbitQuantizer(HfQuantizer):  # type: ignore[misc]
         config = self.quantization_config
         described = config.to_dict()
         check_config(described)
+        unfuse(model)
         present = dict(model.named_modules())
         linears: dict[str, nn.Linear] = {}
         for name in config.modules:
@@ -89,12 +91,15 @@ class BellbitQuantizer(HfQuantizer):  # type: ignore[misc]
                 input_quantizer=_input_quantizer(config.input_rule),
                 device=torch.device("meta"),
             )
+            packed_layer.weight = _settled()
             model.set_submodule(name, packed_layer)
         expected = set(model.state_dict()) - set(getattr(model, "all_tied_weights_keys", ()))
         files = [Path(file) for file in checkpoint_files or ()]
         keep_half(model, verify(files, described, expected))
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
+        for layer in packed_linears(model).values():
+            del layer.weight
         settle_half(model)
         return model
 
@@ -104,6 +109,13 @@ class BellbitQuantizer(HfQuantizer):  # type: ignore[misc]
     @property
     def is_trainable(self) -> bool:
         return False
+
+
+def _settled() -> Tensor:
+    """What stands for a weight while a model loads: GPT-2's initialization asks each block for one."""
+    weight = torch.empty(0)
+    weight._is_hf_initialized = True  # type: ignore[attr-defined]
+    return weight
 
 
 def _input_quantizer(rule: str) -> Quantizer | None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bellbit.core.grid import GROUP, first_codes, spread
-from bellbit.ptq.distill import divergence, teacher_states
+from bellbit.ptq.distill import divergence, logit_cap, teacher_states
 from bellbit.ptq.stream import acting
 
 SCALE_BITS = 16
@@ -46,7 +46,7 @@ def allocate(shapes: Mapping[str, Sequence[int]], losses: Mapping[str, float], b
 def rounding_losses(
     model: Any,
     path: str,
-    linears: Sequence[str],
+    names: Sequence[str],
     window: Tensor,
     width: int,
     bf16: bool,
@@ -54,11 +54,15 @@ def rounding_losses(
 ) -> dict[str, float]:
     """Divergence in nats from the full-precision model when one weight alone is rounded to `width` bits, by full name.
 
-    path: of the list of decoder blocks. linears: their names in a block. window: token ids (length,).
+    path: of the list of decoder blocks. names: of the linears in them, in full. window: token ids (length,).
     """
     blocks = list(model.get_submodule(path).children())
-    inputs: list[Tensor] = []
-    hooks = [block.register_forward_pre_hook(lambda _, args: inputs.append(args[0])) for block in blocks]
+    calls: list[tuple[Tensor, bool]] = []  # hidden states that come in, and whether a tuple goes out
+
+    def note(_: nn.Module, arguments: tuple[Tensor, ...], output: Any) -> None:
+        calls.append((arguments[0], isinstance(output, tuple)))
+
+    hooks = [block.register_forward_hook(note) for block in blocks]
 
     def last() -> Tensor:
         return teacher_states(model, window[None], bf16)[0]
@@ -68,19 +72,20 @@ def rounding_losses(
         hook.remove()
     head = model.get_output_embeddings().weight.to(states.dtype)
     found: dict[str, float] = {}
-    for index, block in enumerate(blocks):
-        with acting(blocks[:index], partial(_giving, inputs[index])):
-            for linear in linears:
-                weight: Any = block.get_submodule(linear).weight
+    for index in range(len(blocks)):
+        inside = [name for name in names if name.startswith(f"{path}.{index}.")]
+        with acting(blocks[:index], partial(_giving, *calls[index])):
+            for name in inside:
+                weight: Any = model.get_submodule(name).weight
                 kept = weight.clone()
                 levels, scales = first_codes(kept.float(), None, width)
                 weight.copy_(levels * spread(scales, weight.shape[1]))
-                found[f"{path}.{index}.{linear}"] = float(divergence(last(), states, head))
+                found[name] = float(divergence(last(), states, head, logit_cap(model.config)))
                 weight.copy_(kept)
-                report(len(found) / (len(blocks) * len(linears)))
+                report(len(found) / len(names))
     return found
 
 
-def _giving(hidden: Tensor, _: nn.Module) -> Callable[..., Tensor]:
+def _giving(hidden: Tensor, in_tuple: bool, _: nn.Module) -> Callable[..., Any]:
     """The forward pass of a block that does nothing but hand on `hidden`."""
-    return lambda *_args, **_kwargs: hidden
+    return lambda *_args, **_kwargs: (hidden, None) if in_tuple else hidden

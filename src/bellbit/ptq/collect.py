@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any
@@ -17,14 +18,16 @@ from bellbit.ptq.families import Family, InputGroup
 from bellbit.ptq.methods import Settings
 from bellbit.ptq.stream import BlockStream, StopBlock
 
+FEWEST_TOKENS = 64  # inputs that make a Hessian; what saw fewer is rounded without
+
 
 @contextmanager
 def _hooks(
     block: nn.Module,
     inputs: Mapping[str, Callable[[Tensor], Tensor | None]],
-    outputs: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType({}),
+    outputs: Mapping[str, Callable[[Tensor], Tensor | None]] = MappingProxyType({}),
 ) -> Iterator[None]:
-    """Call a function on the input, or on the output, of each named linear while the context is open.
+    """Call a function on the input, or on the output, of each named module while the context is open.
 
     What it returns takes the place of that input or output; None leaves it.
     """
@@ -36,7 +39,7 @@ def _hooks(
 
         return hook
 
-    def after(function: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    def after(function: Callable[[Tensor], Tensor | None]) -> Callable[..., Tensor | None]:
         return lambda _, __, output: function(output)
 
     handles = [block.get_submodule(name).register_forward_pre_hook(before(f)) for name, f in inputs.items()]
@@ -49,19 +52,24 @@ def _hooks(
 
 
 def input_maxima(
-    stream: BlockStream, block: nn.Module, family: Family, hidden: Tensor, report: Callable[[float], None], keep: bool
-) -> dict[InputGroup, Tensor]:
-    """max|X_c| over the calibration set for every group that a norm feeds: (in,) each. Advances `hidden`."""
-    maxima: dict[InputGroup, Tensor] = {}
+    stream: BlockStream,
+    block: nn.Module,
+    norms: Iterable[str],
+    hidden: Tensor,
+    report: Callable[[float], None],
+    keep: bool,
+) -> dict[str, Tensor]:
+    """max|X_c| over the calibration set of what each norm gives: (in,) each. Advances `hidden`."""
+    maxima: dict[str, Tensor] = {}
 
-    def hook(group: InputGroup) -> Callable[[Tensor], None]:
+    def hook(norm: str) -> Callable[[Tensor], None]:
         def take(x: Tensor) -> None:
             largest = x.detach().flatten(0, -2).abs().amax(dim=0)
-            maxima[group] = torch.maximum(maxima[group], largest) if group in maxima else largest
+            maxima[norm] = torch.maximum(maxima[norm], largest) if norm in maxima else largest
 
         return take
 
-    with _hooks(block, {group.linears[0]: hook(group) for group in family.groups if group.norm}):
+    with _hooks(block, {}, {norm: hook(norm) for norm in norms}):
         stream.run(block, hidden, report, keep)
     return maxima
 
@@ -77,9 +85,12 @@ def group_hessians(
 ) -> dict[InputGroup, Tensor]:
     """One Hessian per group, from the chain through the quantized blocks, activations rounded as at inference.
 
-    at_most: windows that are looked at, the first ones.
+    at_most: windows that are looked at, the first ones. A group that saw fewer than FEWEST_TOKENS, as an expert may,
+    has none.
     """
     hessians: dict[InputGroup, Tensor] = {}
+    seen: Counter[InputGroup] = Counter()
+    groups = family.groups_of(block)
     hidden = stream.inputs[:at_most]
     samples = len(hidden)
 
@@ -91,13 +102,14 @@ def group_hessians(
                     hessians[group] = new_hessian(x.shape[-1], x.device)
                 with torch.autocast(x.device.type, enabled=False):
                     accumulate(hessians[group], x, samples)
-            if linear == family.groups[-1].linears[-1]:
+                seen[group] += x.numel() // x.shape[-1]
+            if family.ordered and linear == groups[-1].linears[-1]:
                 raise StopBlock  # its product, a quarter of a LLaMA block, is not needed
             return x
 
         return take
 
-    hooks = {linear: hook(group, linear) for group in family.groups for linear in group.linears}
+    hooks = {linear: hook(group, linear) for group in groups for linear in group.linears}
     outputs = {
         linear: lambda y: quantize_activations(y, settings.act_bits, settings.resolved_scope)
         for linear in family.rounded_outputs
@@ -110,4 +122,4 @@ def group_hessians(
                 f"the inputs of {name}.{group.linears[0]} hold NaN or infinite values on the calibration text; "
                 "try --dtype float32"
             )
-    return hessians
+    return {group: hessian for group, hessian in hessians.items() if seen[group] >= FEWEST_TOKENS}

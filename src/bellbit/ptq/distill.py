@@ -19,33 +19,48 @@ TOKENS_AT_ONCE = (
 class _Divergence(torch.autograd.Function):
     """Mean KL(teacher ‖ student) in nats over tokens, from hidden states and the head, without whole arrays of logits.
 
-    ∂/∂(student's hidden state) = (softmax(student) − softmax(teacher))·W_head / tokens; the head has none.
+    ∂/∂(student's hidden state) = (softmax(student) − softmax(teacher))·W_head / tokens; the head has none. Where
+    logits are z = c·tanh(h/c), each has the factor 1 − (z/c)² besides.
     """
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor, head: Tensor) -> Tensor:
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, head: Tensor, cap: float | None) -> Tensor:
         gradient = torch.empty_like(student)
         total = student.new_zeros((), dtype=torch.float32)
         for out, own, other in zip(*(t.split(TOKENS_AT_ONCE) for t in (gradient, student, teacher)), strict=True):
-            p = torch.log_softmax((other.to(head.dtype) @ head.t()).float(), dim=-1)
-            q = torch.log_softmax((own.to(head.dtype) @ head.t()).float(), dim=-1)
+            p = _logits(other, head, cap).log_softmax(dim=-1)
+            q = _logits(own, head, cap)
+            slope = None if cap is None else 1 - (q / cap).square()
+            q = q.log_softmax(dim=-1)
             share = p.exp()
             total += p.sub_(q).mul_(share).sum()
-            out.copy_((q.exp_().sub_(share)).to(head.dtype) @ head)
+            wrt_logits = q.exp_().sub_(share)
+            out.copy_((wrt_logits if slope is None else wrt_logits.mul_(slope)).to(head.dtype) @ head)
         ctx.save_for_backward(gradient.div_(len(student)))
         return total / len(student)
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.saved_tensors[0] * upstream, None, None
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:
+        return ctx.saved_tensors[0] * upstream, None, None, None
 
 
-def divergence(student: Tensor, teacher: Tensor, head: Tensor) -> Tensor:
+def _logits(states: Tensor, head: Tensor, cap: float | None) -> Tensor:
+    logits = (states.to(head.dtype) @ head.t()).float()
+    return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
+
+
+def divergence(student: Tensor, teacher: Tensor, head: Tensor, cap: float | None = None) -> Tensor:
     """Mean KL(teacher ‖ student) over tokens, nats; differentiable in the student's hidden states.
 
     student, teacher: last hidden states, as they enter the head, (tokens, width). head: (vocabulary, width).
+    cap: logits are cap·tanh(·/cap), as Gemma 2's.
     """
-    return _Divergence.apply(student, teacher, head)  # type: ignore[no-untyped-call]
+    return _Divergence.apply(student, teacher, head, cap)  # type: ignore[no-untyped-call]
+
+
+def logit_cap(config: Any) -> float | None:
+    """`cap` of a model."""
+    return getattr(config, "final_logit_softcapping", None)
 
 
 @torch.no_grad()
@@ -84,6 +99,6 @@ def distill(
     def error(index: int) -> Tensor:
         with torch.autocast(windows.device.type, torch.bfloat16, enabled=bf16):
             own = model.base_model(input_ids=windows[index : index + 1], use_cache=False).last_hidden_state[0]
-        return divergence(own, states[index], head)
+        return divergence(own, states[index], head, logit_cap(model.config))
 
     return fit(model, error, plan, report, saved)

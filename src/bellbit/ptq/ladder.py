@@ -23,6 +23,7 @@ from bellbit.ptq.distill import distill, teacher_states
 from bellbit.ptq.families import (
     Family,
     InputGroup,
+    by_norm,
     fold_along_chain,
     fold_column_scales,
     linear_names,
@@ -170,7 +171,7 @@ def _quantize_blocks(
         block.to(stream.device)
         if streaming:
             stream.run(block, targets, ignore)
-        own = {linear: widths[f"{name}.{linear}"] for group in family.groups for linear in group.linears}
+        own = {linear: widths[f"{name}.{linear}"] for group in family.groups_of(block) for linear in group.linears}
         if (found := saved.load(name)) is not None:
             tensors, notes = found
             for linear, width in own.items():
@@ -208,21 +209,31 @@ def fold_columns(
     block: nn.Module, family: Family, hessians: dict[InputGroup, Tensor], start: Start, head_dim: int
 ) -> None:
     """Scale the columns of every linear that something exact can be folded into, and `hessians` with them, in place."""
-    sources = {target: (source, target) for source, target in family.chains}
-    for group in family.groups:
-        weight = torch.cat([weight_of(block, name) for name in group.linears])
-        importance = hessians[group].diagonal()
-        if group.norm is not None:
-            scales = column_scales(weight, importance, start)
-            fold_column_scales(block, group, scales, family.norm_offset)
-        elif (chain := sources.get(group.linears[0])) is not None:
+    groups = family.groups_of(block)
+    chains = {second: (first, second) for first, second in family.chains_of(block)}
+
+    def importance(behind: list[InputGroup]) -> Tensor:
+        """Mean squares of the inputs, as far as they are known."""
+        known = [hessians[group].diagonal() for group in behind if group in hessians]
+        return torch.stack(known).sum(dim=0) if known else torch.ones_like(weight_of(block, behind[0].linears[0])[0])
+
+    def rescale(behind: list[InputGroup], scales: Tensor) -> None:
+        for group in behind:
+            if group in hessians:
+                hessians[group] /= scales[:, None] * scales
+
+    for behind in by_norm(groups).values():
+        weight = torch.cat([weight_of(block, name) for group in behind for name in group.linears])
+        scales = column_scales(weight, importance(behind), start)
+        fold_column_scales(block, behind, scales, family.norm_offset)
+        rescale(behind, scales)
+    for group in groups:
+        if (chain := chains.get(group.linears[0])) is not None:
+            weight = weight_of(block, chain[1])
             rows = len(weight_of(block, chain[0]))
-            own = column_scales(*_heads_as_rows(weight, importance, rows, head_dim), start)
+            own = column_scales(*_heads_as_rows(weight, importance([group]), rows, head_dim), start)
             fold_along_chain(block, chain, own, head_dim)
-            scales = shared_by_heads(own, weight.shape[1], head_dim)
-        else:
-            continue
-        hessians[group] /= scales[:, None] * scales
+            rescale([group], shared_by_heads(own, weight.shape[1], head_dim))
 
 
 def _heads_as_rows(weight: Tensor, importance: Tensor, columns: int, head_dim: int) -> tuple[Tensor, Tensor]:
@@ -252,10 +263,10 @@ def _enter(
         fold_columns(block, family, hessians, settings.columns, head_dim)
     errors: dict[str, float] = {}
     fallbacks: list[str] = []
-    for group in family.groups:
-        hessian = hessians.pop(group)
-        factor = inverse_factor(hessian) if "codes" in settings.rungs else None
-        if factor is not None and factor.damping is None:
+    for group in family.groups_of(block):
+        hessian = hessians.pop(group, None)
+        factor = inverse_factor(hessian) if hessian is not None and "codes" in settings.rungs else None
+        if hessian is None or (factor is not None and factor.damping is None):
             fallbacks += group.linears
         for linear in group.linears:
             old: Any = block.get_submodule(linear)
@@ -271,11 +282,11 @@ def _widths(
     model: Any, family: Family, settings: Settings, windows: Tensor, bf16: bool, report: Callable[[float], None]
 ) -> dict[str, int]:
     """Bits of every linear by name, under the budget."""
-    shapes = {name: weight_of(model, name).shape for name in linear_names(model, family)}
+    names = linear_names(model, family)
+    shapes = {name: weight_of(model, name).shape for name in names}
     alike = allocate(shapes, dict.fromkeys(shapes, 0.0), settings.bpw)
     base = min(alike.values())
     if max(alike.values()) == base:
         return alike
-    linears = [name for group in family.groups for name in group.linears]
-    losses = rounding_losses(model, family.blocks, linears, windows[0], base, bf16, report)
+    losses = rounding_losses(model, family.blocks, names, windows[0], base, bf16, report)
     return allocate(shapes, losses, settings.bpw)

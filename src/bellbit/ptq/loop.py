@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from bellbit.core.activations import windows_at_once
-from bellbit.core.hessian import InverseFactor, inverse_factor
+from bellbit.core.hessian import InverseFactor, inverse_factor, unknown_factor
 from bellbit.core.ltdb import SMALLEST_SCALE, learn_column_scales
 from bellbit.errors import BellbitError
 from bellbit.memory import release_memory
 from bellbit.packed.linear import PackedLinear
 from bellbit.packed.tensor import PackedTensor
 from bellbit.ptq.collect import group_hessians, input_maxima
-from bellbit.ptq.families import Family, InputGroup, fold_column_scales
+from bellbit.ptq.families import Family, InputGroup, by_norm, fold_column_scales
 from bellbit.ptq.methods import METHODS, Settings
 from bellbit.ptq.stream import BlockStream
 
@@ -57,8 +57,8 @@ Observer = Callable[[GroupRecord], None]
 class Run:
     """What a run over a model did. errors: as in GroupRecord, by full module name.
 
-    fallbacks: linears that were rounded plainly because their Hessian was beyond repair; failed_hessians: how many
-    Hessians that were.
+    fallbacks: linears that were rounded plainly because their Hessian was beyond repair, or, of an expert, that too few
+    tokens reached; failed_hessians: how many Hessians were beyond repair.
     algorithm_seconds: spent outside the model's own forward passes and the accumulation of Hessians.
     """
 
@@ -95,28 +95,36 @@ def quantize_model(
         together = windows_at_once(windows.shape[1], settings.act_bits, settings.resolved_scope)
         stream = BlockStream(model, blocks, windows, device, together)
     transforms = method.transforms and settings.ltdb != "off"
+    most_failed = FALLBACK_LIMIT * sum(len(family.groups_of(block)) for block in blocks)
     full_precision = stream.inputs.clone() if stream and transforms else None
 
     for index, block in enumerate(blocks):
         name = f"{family.blocks}.{index}"
         steps = _Steps(progress, index, len(blocks))
         block.to(device)
-        records = [_record(block, group, index, len(blocks), observer) for group in family.groups]
+        records = [_record(block, group, index, len(blocks), observer) for group in family.groups_of(block)]
         hessians: dict[InputGroup, Tensor] = {}
         if stream is not None:
             if full_precision is not None:
                 last = index == len(blocks) - 1
-                maxima = input_maxima(stream, block, family, full_precision, steps.part("maxima"), keep=not last)
+                behind = by_norm(record.group for record in records)
+                maxima = input_maxima(stream, block, behind, full_precision, steps.part("maxima"), keep=not last)
                 with _timed(run):
-                    for record in records:
-                        if record.group.norm is not None:
-                            record.act_absmax = maxima[record.group]
-                            record.scales = _column_scales(block, record.group, record.act_absmax, settings)
-                            fold_column_scales(block, record.group, record.scales, family.norm_offset)
+                    scales = {key: _column_scales(block, behind[key], maxima[key], settings) for key in behind}
+                    for key, groups in behind.items():
+                        fold_column_scales(block, groups, scales[key], family.norm_offset)
+                for record in records:
+                    norm = record.group.norm or ""
+                    record.act_absmax, record.scales = maxima.get(norm), scales.get(norm)
             hessians = group_hessians(stream, block, family, settings, name, steps.part("hessians"))
         with _timed(run):
             for record in records:
                 _quantize_group(model, name, record, hessians.pop(record.group, None), family, settings, run)
+                if run.failed_hessians > most_failed:
+                    raise BellbitError(
+                        f"{run.failed_hessians} Hessians cannot be repaired by damping, the last that of "
+                        f"{run.fallbacks[-1]}; the calibration text is too uniform or the model broken: give other text"
+                    )
         if observer is not None:
             for record in records:
                 observer(record)
@@ -166,10 +174,10 @@ def weight_of(block: nn.Module, linear: str) -> Tensor:
     return weight.detach()
 
 
-def _column_scales(block: nn.Module, group: InputGroup, act_absmax: Tensor, settings: Settings) -> Tensor:
-    """T of one group, kept away from zero."""
+def _column_scales(block: nn.Module, groups: list[InputGroup], act_absmax: Tensor, settings: Settings) -> Tensor:
+    """T of all groups behind a norm, kept away from zero."""
     steps = settings.ltdb_steps if settings.ltdb == "learn" else 0
-    weights = [weight_of(block, name) for name in group.linears]
+    weights = [weight_of(block, name) for group in groups for name in group.linears]
     scales = learn_column_scales(weights, act_absmax, settings.epsilon, steps, settings.block_size)
     return torch.where(scales.abs() < SMALLEST_SCALE, SMALLEST_SCALE, scales)
 
@@ -184,7 +192,10 @@ def _quantize_group(
     run: Run,
 ) -> None:
     """Pack the linears of one group and put them into the model."""
-    factor: InverseFactor | None = None if hessian is None else inverse_factor(hessian)
+    factor: InverseFactor | None = None
+    if METHODS[settings.method].calibrates:
+        first = weight_of(model, f"{block_name}.{record.group.linears[0]}")
+        factor = unknown_factor(first.shape[1], first.device) if hessian is None else inverse_factor(hessian)
     for linear in record.group.linears:
         name = f"{block_name}.{linear}"
         old = model.get_submodule(name)
@@ -202,14 +213,8 @@ def _quantize_group(
         )
         model.set_submodule(name, layer)
     if factor is not None and factor.damping is None:
-        run.failed_hessians += 1
+        run.failed_hessians += hessian is not None  # an expert without tokens is no failure
         run.fallbacks += [f"{block_name}.{linear}" for linear in record.group.linears]
-    total = len(family.groups) * len(model.get_submodule(family.blocks))
-    if run.failed_hessians > FALLBACK_LIMIT * total:
-        raise BellbitError(
-            f"{run.failed_hessians} Hessians cannot be repaired by damping, the last that of {run.fallbacks[-1]}; "
-            "the calibration text is too uniform or the model broken: give other text"
-        )
 
 
 def relative_error(weight: Tensor, quantized: Tensor, hessian: Tensor | None) -> float:

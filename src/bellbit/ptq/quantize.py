@@ -16,10 +16,12 @@ from bellbit.errors import BellbitError
 from bellbit.loading import load_config, load_model, load_tokenizer, locate, quantized_by, resolve_device, window_length
 from bellbit.memory import release_memory
 from bellbit.packed.linear import packed_linears
+from bellbit.packed.linears import unfuse
 from bellbit.packed.save import check_output, quantization_config, round_unquantized, save_checkpoint
 from bellbit.packed.tensor import mean_over_weights
 from bellbit.ptq.attention import fast_attention
-from bellbit.ptq.families import check_foldable, family_of, linear_names
+from bellbit.ptq.discover import discover
+from bellbit.ptq.families import FAMILIES, Family, check_foldable, family_of, linear_names
 from bellbit.ptq.ladder import EFFORTS, bf16_pays, climb, own_windows
 from bellbit.ptq.loop import Observer, Progress, quantize_model
 from bellbit.ptq.methods import METHODS, Settings
@@ -66,6 +68,7 @@ def quantize(
     dtype: str = "auto",
     overwrite: bool = False,
     resume: bool = False,
+    allow_unknown: bool = False,
     progress: Progress = lambda share, text: None,
     observer: Observer | None = None,
     **options: Any,
@@ -76,6 +79,7 @@ def quantize(
     `self` standing for text that the model writes; `samples` windows of `seq_len` tokens, see `window_length`, are
     drawn from the train parts. device: where blocks run; `auto` takes a GPU if there is one.
     resume: go on with a run that was cut off; what it has done lies in OUT.partial (method bellbit).
+    allow_unknown: quantize an architecture that is no `Family`, without folding.
     dtype: to compute in; `auto` is float32 on a CPU, else the model's own. options: fields of `Settings`.
     Raises BellbitError for anything the user can mend; nothing is written then.
     """
@@ -91,7 +95,8 @@ def quantize(
     config = load_config(location)
     if (by := quantized_by(config, location)) is not None:
         raise BellbitError(f"{model} is quantized already, by {by}; give the original model")
-    family = family_of(config)
+    unknown = allow_unknown and config.model_type not in FAMILIES
+    family = Family("", ()) if unknown else family_of(config)
     settings = settings.resolved(family)
     if settings.folds:
         check_foldable(config)
@@ -123,6 +128,9 @@ def quantize(
     provenance = {"source": str(model), "settings": asdict(settings), "calibration": calibration}
     network = load_model(location, dtype, config)
     check_finite(network)
+    unfuse(network)
+    if unknown:
+        family = discover(network)
     round_unquantized(network, set(linear_names(network, family)))
     gc.collect()  # readers of model files leave cycles behind that hold the whole file
     release_memory()

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 
 class StopBlock(Exception):
@@ -16,7 +16,7 @@ class StopBlock(Exception):
 
 
 @contextmanager
-def acting(blocks: Iterable[nn.Module], forward_of: Callable[[nn.Module], Callable[..., Tensor]]) -> Iterator[None]:
+def acting(blocks: Iterable[nn.Module], forward_of: Callable[[nn.Module], Callable[..., Any]]) -> Iterator[None]:
     """Inside, every block does what `forward_of` it says, and nothing of its own."""
     replaced = list(blocks)
     for block in replaced:
@@ -28,12 +28,18 @@ def acting(blocks: Iterable[nn.Module], forward_of: Callable[[nn.Module], Callab
             del block.forward
 
 
+def _broadcasts(argument: Any) -> bool:
+    """Whether what was made for one window serves several."""
+    return not isinstance(argument, Tensor) or argument.ndim < 3 or argument.shape[0] == 1
+
+
 class BlockStream:
     """Runs single decoder blocks over a set of token windows.
 
     What each block is called with besides the hidden states (masks, positions, rotary tables) is recorded once
     for one window, from the model's own forward pass, and replayed. All windows have the same length and no
-    padding, so these arguments are the same for all of them and broadcast over a batch.
+    padding, so these arguments are the same for all of them and broadcast over a batch; where they do not, as biases
+    of attention (heads, 1, length) of Falcon and BLOOM, windows go through a block one by one.
     """
 
     def __init__(
@@ -53,6 +59,8 @@ class BlockStream:
         self.arguments: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
         self.runs: dict[nn.Module, int] = dict.fromkeys(blocks, 0)
         self.inputs = self._embed(model, blocks, windows)
+        if not all(_broadcasts(t) for call in self.arguments.values() for t in tree_leaves(call)):
+            self.batch_size = 1
 
     @torch.no_grad()
     def _embed(self, model: Any, blocks: list[nn.Module], windows: Tensor) -> Tensor:
