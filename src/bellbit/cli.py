@@ -205,7 +205,7 @@ def quantize(
         ["time", f"{result.seconds:.0f} s"],
     ]
     if result.fallbacks:
-        rows.append(["layers rounded plainly (Hessian beyond repair, or experts that few tokens reached)", str(len(result.fallbacks))])
+        rows.append(["rounded plainly: Hessian beyond repair, or too few tokens", str(len(result.fallbacks))])
     out_console.print(report.table(f"{result.out}", ["", method], rows))
     for path in drawn:
         _say(f"drawn: {path}")

@@ -68,7 +68,8 @@ EFFORTS = {
 FIRST_BLOCKS = 2
 HELD_BACK = 16  # one piece of so many, at least one, is kept to stop by
 # In the setting of PIECE: .476 with .015 and .05, .479 with .02 and .03, .496 with .03 and .03, .530 with .02 and .01.
-BLOCK_RATES = Rates(latents=0.02, relative=0.03)
+# At two bits, one epoch: .282 with .005 and .01, .298 with .02 and .03.
+SIGN_RATES, FINER_RATES = Rates(latents=0.02, relative=0.03), Rates(latents=0.005, relative=0.01)
 HESSIAN_PIECES = 128  # at most; what training starts from need not know all
 DISTILL_RELATIVE = 0.01
 
@@ -114,7 +115,7 @@ def climb(
     states = saved.tensor("teacher", listen) if distilled else None
     blocks: list[nn.Module] = list(model.get_submodule(family.blocks).children())
     stream = BlockStream(model, blocks, pieces, device, TOGETHER, bf16)
-    plan = Plan(len(pieces), held_back, epochs, BLOCK_RATES, seed * len(blocks) * 2 * epochs)
+    plan = Plan(len(pieces), held_back, epochs, SIGN_RATES, seed * len(blocks) * 2 * epochs)
     run = _quantize_blocks(stream, model, family, settings, widths, plan, blockwise, saved)
     if states is not None:
         plan = Plan(len(pieces), held_back, distilled, Rates(0.0, DISTILL_RELATIVE), seed * distilled)
@@ -156,7 +157,7 @@ def _quantize_blocks(
 ) -> Run:
     """The rungs that take one decoder block after the other; their linears become `LatentLinear`s.
 
-    plan: of the first block; the seed counts on.
+    plan: of the first block; the seed counts on, and the rates are those of the block's width.
     """
     run, targets = Run(), stream.inputs.clone()
     children = model.get_submodule(family.blocks).named_children()
@@ -182,7 +183,8 @@ def _quantize_blocks(
             notes = _enter(block, family, stream, settings, name, own, _head_dim(model.config))
             if plan.epochs:
                 epochs = plan.epochs * (2 if index < FIRST_BLOCKS else 1)
-                own_plan = replace(plan, epochs=epochs, seed=plan.seed + index * 2 * plan.epochs)
+                rates = SIGN_RATES if min(own.values()) == 1 else FINER_RATES
+                own_plan = replace(plan, epochs=epochs, rates=rates, seed=plan.seed + index * 2 * plan.epochs)
                 reconstruct(block, stream.caller(block), stream.inputs, targets, own_plan, report)
             saved.keep(name, block.state_dict(), **notes)
         run.errors |= {f"{name}.{linear}": error for linear, error in notes["errors"].items()}
