@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import StaticCache
+from transformers import Cache, DynamicCache, StaticCache
 
 from bellbit.errors import BellbitError
 from bellbit.fetch import cache_dir
@@ -53,7 +53,7 @@ def sampled_windows(
 def _write(model: Any, first: int, length: int, seed: int) -> Tensor:
     """What the model draws after the token `first`, which is part of it: int64 (TOGETHER, length)."""
     texts = torch.full((TOGETHER, length), first)
-    cache = StaticCache(config=model.config, max_cache_len=length)  # one that grows is copied at every token
+    cache = _cache(model.config, length)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         for place in range(1, length):
@@ -61,6 +61,13 @@ def _write(model: Any, first: int, length: int, seed: int) -> Tensor:
             logits = model(input_ids=latest, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
             texts[:, place] = _draw(logits[:, -1])
     return texts
+
+
+def _cache(config: Any, length: int) -> Cache:
+    """Of fixed size, as one that grows is copied at every token; but biases by distance (ALiBi) need one that grows."""
+    if getattr(config, "alibi", config.model_type in ("bloom", "mpt")):
+        return DynamicCache(config=config)
+    return StaticCache(config=config, max_cache_len=length)
 
 
 def _draw(logits: Tensor) -> Tensor:
