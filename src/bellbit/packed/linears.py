@@ -54,7 +54,7 @@ def _experts(fused: Any) -> Experts:
     )
 
 
-def is_fused(module: nn.Module) -> bool:
+def _is_fused(module: nn.Module) -> bool:
     """Whether a module holds gated experts in two arrays, as Mixtral's and Qwen3-MoE's do today."""
     arrays = (getattr(module, name, None) for name in ("gate_up_proj", "down_proj"))
     return all(isinstance(array, nn.Parameter) and array.ndim == 3 for array in arrays)
@@ -65,5 +65,5 @@ def unfuse(model: nn.Module) -> None:
     for name, module in list(model.named_modules()):
         if isinstance(module, Conv1D):
             model.set_submodule(name, _linear(module.weight.detach().t().contiguous(), module.bias))
-        elif is_fused(module):
+        elif _is_fused(module):
             model.set_submodule(name, _experts(module))
