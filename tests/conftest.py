@@ -35,20 +35,8 @@ from bellbit.ptq.families import family_of
 torch.set_num_threads(1)  # the models are so small that a second thread only costs
 
 VOCABULARY = 258  # the bytes, <s>, </s>
-LLAMA_LIKE = {
-    "hidden_size": 192,  # a block of 128 and a shorter one of 64
-    "intermediate_size": 320,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "num_hidden_layers": 2,
-    "vocab_size": VOCABULARY,
-    "max_position_embeddings": 512,
-    "bos_token_id": 256,
-    "eos_token_id": 257,
-    "pad_token_id": 257,
-}
 PLAIN = {
-    "hidden_size": 192,
+    "hidden_size": 192,  # a block of 128 and a shorter one of 64
     "num_attention_heads": 6,
     "num_hidden_layers": 2,
     "vocab_size": VOCABULARY,
@@ -57,6 +45,7 @@ PLAIN = {
     "eos_token_id": 257,
     "pad_token_id": 257,
 }
+LLAMA_LIKE = {**PLAIN, "intermediate_size": 320, "num_key_value_heads": 2}
 CONFIGS = {
     "llama": lambda: LlamaConfig(**LLAMA_LIKE, tie_word_embeddings=True),
     "mistral": lambda: MistralConfig(**LLAMA_LIKE, sliding_window=48),

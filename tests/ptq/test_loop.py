@@ -183,3 +183,8 @@ def test_an_expert_that_saw_few_tokens_is_rounded_plainly_and_told(climbs):
         result = quantize_model(model, family, settings, tokens, "cpu", lambda *_: None)
     assert {f"model.layers.1.mlp.experts.3.{name}_proj" for name in ("gate", "up", "down")} <= set(result.fallbacks)
     assert model(tokens).logits.isfinite().all()
+
+
+def test_short_calibration_text_makes_hessians_all_the_same():
+    _, result = run("llama", tokens=windows(2, 16))
+    assert result.fallbacks == []

@@ -122,4 +122,5 @@ def group_hessians(
                 f"the inputs of {name}.{group.linears[0]} hold NaN or infinite values on the calibration text; "
                 "try --dtype float32"
             )
-    return {group: hessian for group, hessian in hessians.items() if seen[group] >= FEWEST_TOKENS}
+    enough = min(FEWEST_TOKENS, samples * hidden.shape[1])  # short calibration text is no reason to do without
+    return {group: hessian for group, hessian in hessians.items() if seen[group] >= enough}

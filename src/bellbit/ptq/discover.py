@@ -38,10 +38,10 @@ def discover(model: Any) -> Family:
     finally:
         for hook in hooks:
             hook.remove()
-    inputs: dict[tuple[str, int], list[str]] = {}
+    inputs: dict[tuple[str, int, torch.Size], list[str]] = {}  # a part of a tensor may begin where the whole does
     for x, name in calls:
         index, _, linear = name.partition(".")
-        inputs.setdefault((index, x.data_ptr()), []).append(linear)
+        inputs.setdefault((index, x.data_ptr(), x.shape), []).append(linear)
     called = {name for _, name in calls}
     alone = [(name.partition(".")[2],) for name in names.values() if name not in called]  # experts without a token
     groups = dict.fromkeys([*(tuple(dict.fromkeys(linears)) for linears in inputs.values()), *alone])
