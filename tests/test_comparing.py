@@ -7,12 +7,23 @@ from transformers import AutoModelForCausalLM
 
 import bellbit
 from bellbit import comparing
-from bellbit.comparing import DEFAULT, Request, agreement, compare, measure, most_own, parse
+from bellbit.comparing import (
+    DEFAULT,
+    ORIGINAL,
+    Agreement,
+    Request,
+    compare,
+    logits_of_original,
+    measure,
+    most_own,
+    parse,
+)
 from bellbit.errors import BellbitError
 from bellbit.evaluate import perplexity
 from bellbit.exporting import export_gguf
 from bellbit.figures import draw_map
 from bellbit.report import comparison_table
+from conftest import CONFIGS
 
 
 @pytest.fixture
@@ -56,17 +67,33 @@ def test_text_of_the_models_own_is_counted():
     assert most_own(["sign", "bellbit:effort=fast", "bellbit:rungs=codes+blocks"], 8) == 8
 
 
-def test_agreement_with_oneself_and_with_another(tiny_model):
+def test_agreement_with_oneself_and_with_another(tiny_model, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tiny_model("llama")).eval()
     other = AutoModelForCausalLM.from_pretrained(tiny_model("llama")).eval()
     windows = torch.randint(256, (3, 20), generator=torch.Generator().manual_seed(0))
-    assert agreement(model, other, windows) == (pytest.approx(0, abs=1e-6), 1.0)
+
+    def agreement(of):
+        found = Agreement(logits_of_original(model, windows, tmp_path / "kept.safetensors"))
+        perplexity(of, windows, watch=found.add)
+        return found.divergence, found.same_top
+
+    assert agreement(other) == (pytest.approx(0, abs=1e-6), 1.0)
     with torch.no_grad():
         other.model.layers[1].mlp.down_proj.weight.mul_(0.5)
         p, q = (m(windows).logits.log_softmax(-1).flatten(0, 1) for m in (model, other))
-    divergence, same = agreement(other, model, windows)
+    divergence, same = agreement(other)
     assert divergence == pytest.approx(float(torch.nn.functional.kl_div(q, p, log_target=True, reduction="batchmean")))
     assert same == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).float().mean()))
+
+
+@pytest.mark.parametrize("family", sorted(CONFIGS))
+def test_logits_of_the_original_are_its_own_also_the_second_time(family, tiny_model, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model(family)).eval()
+    windows = torch.randint(256, (2, 20), generator=torch.Generator().manual_seed(0))
+    for _ in range(2):
+        found = torch.stack(list(logits_of_original(model, windows, tmp_path / "kept.safetensors")))
+        with torch.no_grad():
+            assert torch.equal(found, torch.cat([model(w[None]).logits for w in windows]))
 
 
 def test_a_row_is_what_its_method_gives(request_, tiny_model, tmp_path):
@@ -77,7 +104,7 @@ def test_a_row_is_what_its_method_gives(request_, tiny_model, tmp_path):
     assert (plain.bits_per_weight, plain.seconds, plain.divergence[text]) == (16, None, 0)
     assert row.divergence[text] > 0 and row.perplexity[text] != plain.perplexity[text]
     assert row.seconds > 0 and row.peak_bytes > 10**8
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == [ORIGINAL]
     (tmp_path / "sign").mkdir()
     (tmp_path / "sign" / "mine").touch()
     measure(request_, "sign", tmp_path)

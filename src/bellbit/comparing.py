@@ -7,13 +7,15 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from bellbit.data import evaluation_windows, load_corpus
@@ -22,12 +24,15 @@ from bellbit.evaluate import perplexity
 from bellbit.inspection import inspect
 from bellbit.loading import load_config, load_model, load_tokenizer, locate, window_length
 from bellbit.memory import peak_memory
+from bellbit.ptq.distill import teacher_states
 from bellbit.ptq.ladder import own_windows
 from bellbit.ptq.methods import METHODS, Settings
 from bellbit.ptq.quantize import quantize
+from bellbit.ptq.stream import acting
 
 NONE = "none"  # the model as it is
 ROWS = "compare.rows"  # folder of checkpoints that are being made or measured
+ORIGINAL = "compare.original"  # folder of what the model as it is gives, until all rows are measured
 FILE = "file:"  # and a path: a checkpoint or .gguf file that is there already
 DEFAULT = (
     NONE,
@@ -138,6 +143,7 @@ def compare(request: Request, specs: Iterable[str], out: Path, progress: Callabl
             partial = file.with_suffix(".partial")
             partial.write_text(json.dumps(known, indent=2) + "\n")
             partial.replace(file)
+    shutil.rmtree(out / ORIGINAL, ignore_errors=True)
     return [Row(**known["rows"][spec]) for spec in wanted]
 
 
@@ -155,7 +161,7 @@ def measure(request: Request, spec: str, out: Path) -> Row:
     """One row, here and now. out: an existing folder; the checkpoint is there until it is measured."""
     method, options = parse(spec)
     location = locate(request.model)
-    checkpoint = out / ROWS / re.sub(r"[^a-z0-9.=]+", "-", spec)
+    checkpoint, kept = out / ROWS / _file_name(spec), out / ORIGINAL
     bits, seconds, peak = 16.0, None, None
     result = location
     try:
@@ -185,8 +191,14 @@ def measure(request: Request, spec: str, out: Path) -> Row:
         found: dict[str, dict[str, float]] = {"perplexity": {}, "divergence": {}, "same_top": {}}
         for source in request.data.split(","):
             windows = evaluation_windows(load_corpus(source, "test"), tokenizer, length, request.windows)
-            found["perplexity"][source] = perplexity(model, windows).perplexity
-            found["divergence"][source], found["same_top"][source] = agreement(model, original, windows)
+            if result is location:
+                found["perplexity"][source] = perplexity(model, windows).perplexity
+                found["divergence"][source], found["same_top"][source] = 0.0, 1.0
+                continue
+            kept.mkdir(exist_ok=True)
+            nearness = Agreement(logits_of_original(original, windows, kept / f"{_file_name(source)}.safetensors"))
+            found["perplexity"][source] = perplexity(model, windows, watch=nearness.add).perplexity
+            found["divergence"][source], found["same_top"][source] = nearness.divergence, nearness.same_top
         return Row(spec, bits, **found, seconds=seconds, peak_bytes=peak)
     finally:
         shutil.rmtree(checkpoint, ignore_errors=True)
@@ -194,18 +206,55 @@ def measure(request: Request, spec: str, out: Path) -> Row:
             checkpoint.parent.rmdir()
 
 
+def _file_name(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9.=]+", "-", text)
+
+
+class Agreement:
+    """How near logits are to those of the model as it is, over all positions added.
+
+    divergence: mean KL(original ‖ model), nats. same_top: share of positions where both have the same likeliest token.
+    """
+
+    def __init__(self, originals: Iterable[Tensor]) -> None:
+        """originals: logits (length, vocabulary), window after window, as they will be added."""
+        self._originals = iter(originals)
+        self._divergence, self._same, self._positions = 0.0, 0, 0
+
+    def add(self, logits: Tensor) -> None:
+        p, q = (t.float().log_softmax(-1) for t in (next(self._originals), logits))
+        self._same += int((p.argmax(-1) == q.argmax(-1)).sum())
+        self._divergence += float(q.neg_().add_(p).mul_(p.exp_()).sum())
+        self._positions += len(logits)
+
+    @property
+    def divergence(self) -> float:
+        return self._divergence / self._positions
+
+    @property
+    def same_top(self) -> float:
+        return self._same / self._positions
+
+
 @torch.no_grad()
-def agreement(model: Any, original: Any, windows: Tensor) -> tuple[float, float]:
-    """Mean KL(original ‖ model) in nats, and the share of positions where both have the same likeliest token."""
-    if model is original:
-        return 0.0, 1.0
-    divergence, same = 0.0, 0
-    for window in windows:
-        p, q = (m(input_ids=window[None], use_cache=False).logits[0].float().log_softmax(-1) for m in (original, model))
-        same += int((p.argmax(-1) == q.argmax(-1)).sum())
-        q.neg_().add_(p)
-        divergence += float(q.mul_(p.exp_()).sum())
-    return divergence / windows.numel(), same / windows.numel()
+def logits_of_original(original: Any, windows: Tensor, kept: Path) -> Iterator[Tensor]:
+    """Logits (length, vocabulary) of the model as it is, window after window.
+
+    kept: a file of the last hidden states, which take a hundredth of the logits' size; written unless it is there, and
+    only the head has to run again for the next row.
+    """
+    if not kept.exists():
+        partial = kept.with_suffix(".partial")
+        save_file({"states": teacher_states(original, windows, bf16=False)}, partial)
+        partial.replace(kept)
+    output = original.base_model(input_ids=windows[:1, :1], use_cache=False)  # of the family's own kind
+    with safe_open(kept, "pt") as file:
+        states = file.get_slice("states")
+        for i, window in enumerate(windows):
+            output["last_hidden_state"] = states[i : i + 1]
+            with acting([original.base_model], lambda _: lambda *_, **__: output):
+                logits: Tensor = original(input_ids=window[None], use_cache=False).logits[0]
+            yield logits
 
 
 if __name__ == "__main__":

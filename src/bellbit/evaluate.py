@@ -32,11 +32,16 @@ class Evaluation:
 
 @torch.no_grad()
 def perplexity(
-    model: Any, windows: Tensor, device: str = "cpu", progress: Callable[[float], None] = lambda share: None
+    model: Any,
+    windows: Tensor,
+    device: str = "cpu",
+    progress: Callable[[float], None] = lambda share: None,
+    watch: Callable[[Tensor], None] = lambda logits: None,
 ) -> Evaluation:
     """Perplexity of a causal language model over windows of tokens.
 
-    windows: int64 (n, length), each read by itself, its first token predicted by nothing.
+    windows: int64 (n, length), each read by itself, its first token predicted by nothing. watch: given the logits
+    (length, vocabulary) of each window in turn.
     Raises BellbitError for windows of less than two tokens, and if the logits are NaN.
     """
     started = time.perf_counter()
@@ -54,6 +59,7 @@ def perplexity(
             # log-sum-exp minus the target's logit: cross entropy without a second array of the logits' size
             predicted, wanted = row[:-1].float(), target[1:, None]
             losses.append(float((predicted.logsumexp(dim=1) - predicted.gather(1, wanted)[:, 0]).mean()))
+            watch(row)
         progress(len(losses) / len(windows))
     mean = math.fsum(losses) / len(losses)
     if math.isnan(mean):
