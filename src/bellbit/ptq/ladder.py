@@ -40,9 +40,12 @@ from bellbit.ptq.stream import BlockStream
 TOGETHER = 8  # pieces that go through a block at once where nothing is trained
 # Tokens at most that a step of training sees. Divergence of the demo model on unseen windows of wiki-sample with five
 # blocks reconstructed, 2 epochs of 120 × 1024 tokens: .751 with 1024 (106 s), .496 with 512 (97 s), .468 with 256 and
-# lower rates (114 s; 512 with lower rates: .479). After an epoch of distillation, from the same blocks: 1.87 with 1024
-# (416 s), 1.79 with 512 (360 s), 1.78 with 256 (476 s).
+# lower rates (114 s; 512 with lower rates: .479).
 PIECE = 512
+# And a step of distillation, which must know long contexts: a fourth of an epoch from the same blocks leaves, on the
+# four quarters of windows of 1024 tokens of test articles, 1.58, 1.66, 1.89, 2.14 with 512 tokens a step (120 steps),
+# and 1.60, 1.71, 1.87, 1.87 with 1024 (60 steps, as long).
+DISTILLED_PIECE = 1024
 
 
 @dataclass(frozen=True)
@@ -107,23 +110,22 @@ def climb(
         return _widths(model, family, settings, windows, bf16, lambda done: budget(done, "bit budget"))
 
     def listen() -> Tensor:
-        return teacher_states(model, pieces, bf16, lambda done: teacher(done, "what the model itself says"))
+        return teacher_states(model, whole_pieces, bf16, lambda done: teacher(done, "what the model itself says"))
 
-    pieces = _in_pieces(windows)
-    held_back = max(1, len(pieces) // HELD_BACK)
+    pieces, whole_pieces = _in_pieces(windows, PIECE), _in_pieces(windows, DISTILLED_PIECE)
     widths = saved.notes("budget", measure)
     states = saved.tensor("teacher", listen) if distilled else None
     blocks: list[nn.Module] = list(model.get_submodule(family.blocks).children())
     stream = BlockStream(model, blocks, pieces, device, TOGETHER, bf16)
-    plan = Plan(len(pieces), held_back, epochs, SIGN_RATES, seed * len(blocks) * 2 * epochs)
+    plan = _plan(pieces, epochs, SIGN_RATES, seed * len(blocks) * 2 * epochs)
     run = _quantize_blocks(stream, model, family, settings, widths, plan, blockwise, saved)
     if states is not None:
-        plan = Plan(len(pieces), held_back, distilled, Rates(0.0, DISTILL_RELATIVE), seed * distilled)
+        plan = _plan(whole_pieces, distilled, Rates(0.0, DISTILL_RELATIVE), seed * distilled)
 
         def report(done: float, least: float) -> None:
             whole(done, f"distillation, divergence {least:.3f}")
 
-        distill(model, pieces, states, plan, bf16, report, saved)
+        distill(model, whole_pieces, states, plan, bf16, report, saved)
     for name, layer in latent_linears(model).items():
         model.set_submodule(name, PackedLinear.holding(layer.packed(), bias=layer.bias))
     return run
@@ -138,9 +140,13 @@ def _parts(progress: Progress, *costs: float) -> list[Progress]:
     return [part(sum(costs[:i]), cost) for i, cost in enumerate(costs)]
 
 
-def _in_pieces(windows: Tensor) -> Tensor:
-    """Windows cut into as few equal ones of at most PIECE tokens as can be; what is left over at the end is lost."""
-    count = math.ceil(windows.shape[1] / PIECE)
+def _plan(pieces: Tensor, epochs: int, rates: Rates, seed: int) -> Plan:
+    return Plan(len(pieces), max(1, len(pieces) // HELD_BACK), epochs, rates, seed)
+
+
+def _in_pieces(windows: Tensor, tokens: int) -> Tensor:
+    """Windows cut into as few equal ones of at most `tokens` as can be; what is left over at the end is lost."""
+    count = math.ceil(windows.shape[1] / tokens)
     length = windows.shape[1] // count
     return windows[:, : count * length].reshape(-1, length)
 
