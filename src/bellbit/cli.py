@@ -113,7 +113,9 @@ def quantize(
     rungs: Annotated[
         str, typer.Option(help="Of bellbit: which of its steps to take.")
     ] = "text,columns,codes,blocks,distill",
-    columns: Annotated[str, typer.Option(help="Of bellbit: start of column scales: rank1, mean, none.")] = "rank1",
+    columns: Annotated[
+        str, typer.Option(help="Of bellbit: start of column scales: rank1, mean, maxima, none.")
+    ] = "rank1",
     bits: Annotated[int, typer.Option(help="Bits per weight of gptq and rtn, 1 to 8.")] = 2,
     act_bits: Annotated[int, typer.Option(help="Bits of activations: 16, 8 or 6.")] = 16,
     block_size: Annotated[int, typer.Option(help="Columns that share scales.")] = 128,

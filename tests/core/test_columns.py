@@ -22,3 +22,9 @@ def test_scales_are_positive_with_geometric_mean_one_and_dead_columns_keep_their
     assert bool((scales > 0).all())
     assert scales[7] == 1
     assert float(scales.log().mean()) == pytest.approx(0, abs=1e-6)
+
+
+def test_maxima_are_ltdbs_start():
+    weight = torch.tensor([[1.0, -4.0], [2.0, 3.0]])
+    scales = column_scales(weight, torch.tensor([9.0, 1.0]), "maxima")
+    assert float(scales[0] / scales[1]) == pytest.approx(3**0.85 / (2 / 4) ** 0.15)

@@ -157,8 +157,8 @@ def test_every_rung_comes_nearer_to_the_float_model(monkeypatch):
 )
 def test_windows_are_cut_into_few_pieces(length, count, piece):
     tokens = torch.arange(2 * length).view(2, length)
-    found = ladder._in_pieces(tokens)
-    assert found.shape == (2 * count, piece) and piece <= ladder.PIECE
+    found = ladder._in_pieces(tokens, 512)
+    assert found.shape == (2 * count, piece) and piece <= 512
     assert torch.equal(found[count - 1 :: count], tokens[:, (count - 1) * piece : count * piece])
 
 
