@@ -50,7 +50,7 @@ def main() -> None:
         err_console.print(f"[bold red]error:[/] {_escape(str(error))}", soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:
-        resumable = {"pretrain", "bellbit"} & set(arguments)
+        resumable = {"pretrain", "quantize"} & set(arguments)
         left = "--resume goes on from what is done" if resumable else "nothing was written"
         err_console.print(f"interrupted; {left}")
         sys.exit(130)
@@ -136,9 +136,12 @@ def quantize(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     figures: Annotated[Path | None, typer.Option(help="Draw some layers before and after into this directory.")] = None,
-    resume: Annotated[bool, typer.Option(help="Go on with the run in OUT.partial (bellbit).")] = False,
+    resume: Annotated[bool, typer.Option(help="Go on with the run in OUT.partial.")] = False,
     allow_unknown: Annotated[
         bool, typer.Option(help="Quantize an architecture that bellbit does not know, without folding.")
+    ] = False,
+    allow_fallbacks: Annotated[
+        bool, typer.Option(help="Go on if more than 5 % of the linears must be rounded plainly.")
     ] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace OUT if it exists.")] = False,
     as_json: JsonOption = False,
@@ -192,6 +195,7 @@ def quantize(
             overwrite=overwrite,
             resume=resume,
             allow_unknown=allow_unknown,
+            allow_fallbacks=allow_fallbacks,
             progress=progress,
             observer=drawing,
             **options,

@@ -18,8 +18,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from bellbit.errors import BellbitError
-from bellbit.loading import first_line, quiet
+from bellbit.errors import BellbitError, first_line
+from bellbit.loading import quiet
 from bellbit.wikipedia import articles
 
 Part = Literal["train", "test"]

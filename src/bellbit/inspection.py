@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from bellbit.errors import BellbitError
-from bellbit.loading import Location, first_line
+from bellbit.errors import BellbitError, first_line
+from bellbit.loading import Location
 from bellbit.packed.checkpoint import StoredTensor, check_config, check_packed, module_layout, read_headers
 
 KINDS = ("quantized", "embedding", "norm", "other")  # embedding: the head, too

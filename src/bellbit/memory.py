@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from bellbit.errors import BellbitError
 
 
 def release_memory() -> None:
@@ -22,3 +28,15 @@ def peak_memory() -> int:
     import resource  # not on Windows
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+@contextmanager
+def memory_told(where: Callable[[], str], way_out: str) -> Iterator[None]:
+    """Inside, memory that cannot be had is a BellbitError. where: what was being done, asked then."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # an OutOfMemoryError of a GPU is a RuntimeError, too
+        known = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+        if not known:
+            raise
+        raise BellbitError(f"memory ran out at {where()}; {way_out}") from error

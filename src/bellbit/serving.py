@@ -5,8 +5,8 @@ from __future__ import annotations
 import socket
 import threading
 
-from bellbit.errors import BellbitError
-from bellbit.loading import Location, first_line, load_config
+from bellbit.errors import BellbitError, first_line
+from bellbit.loading import Location, load_config
 
 
 def serve(location: Location, host: str, port: int) -> None:

@@ -25,9 +25,7 @@ def climbed(name="llama", tokens=None, seed=0, saved=None, progress=lambda *_: N
     model = random_model(CONFIGS[name]())
     settings = Settings("bellbit", **{"effort": "fast"} | options).resolved(family_named(name))
     tokens = windows(8, 32) if tokens is None else tokens
-    run = climb(
-        model, family_named(name), settings, tokens, "cpu", seed, progress, saved or Saved(None, {}, False, False)
-    )
+    run = climb(model, family_named(name), settings, tokens, "cpu", seed, progress, saved or Saved())
     return model, run
 
 

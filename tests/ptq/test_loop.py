@@ -1,10 +1,11 @@
 import pytest
 import torch
 
+import bellbit
 from bellbit.core.hessian import inverse_factor
 from bellbit.errors import BellbitError
 from bellbit.packed.save import packed_linears
-from bellbit.ptq import loop
+from bellbit.ptq import ladder, loop
 from bellbit.ptq.families import linear_names
 from bellbit.ptq.ladder import climb
 from bellbit.ptq.loop import quantize_model
@@ -25,7 +26,7 @@ def run(name, settings=None, tokens=None, observer=None, model=None):
     family = family_named(name)
     settings = (settings or Settings(ltdb_steps=3)).resolved(family)
     result = quantize_model(
-        model, family, settings, windows() if tokens is None else tokens, "cpu", lambda *_: None, observer
+        model, family, settings, windows() if tokens is None else tokens, "cpu", lambda *_: None, Saved(), observer
     )
     return model, result
 
@@ -134,11 +135,31 @@ def test_column_scales_lower_the_error_of_the_first_block():
     assert errors["learn"] < errors["off"]
 
 
-def test_hessians_beyond_repair_are_counted_and_too_many_refused(monkeypatch):
-    broken = lambda hessian: inverse_factor(hessian)._replace(damping=None)  # noqa: E731
-    monkeypatch.setattr(loop, "inverse_factor", broken)
-    with pytest.raises(BellbitError, match="3 Hessians cannot be repaired by damping"):
-        run("llama", Settings("billm"))  # 8 groups in all: the third is more than a quarter of them
+@pytest.mark.parametrize("method", ["billm", "bellbit"])
+def test_more_than_a_twentieth_of_linears_with_hessians_beyond_repair_are_refused(
+    method, monkeypatch, tiny_model, english, tmp_path
+):
+    calls = []
+
+    def second_broken(hessian):
+        calls.append(hessian)
+        return inverse_factor(hessian)._replace(damping=None if len(calls) == 2 else 0.01)
+
+    for module in (loop, ladder):
+        monkeypatch.setattr(module, "inverse_factor", second_broken)
+
+    def quantize(**options):
+        calls.clear()
+        return bellbit.quantize(
+            tiny_model("llama"), tmp_path / "out", method, calib=str(english), samples=4, seq_len=64, overwrite=True,
+            effort="fast", **options,
+        )  # fmt: skip
+
+    with pytest.raises(
+        BellbitError, match=r"of 1 linears cannot be repaired .*, the last that of \S+o_proj; .*--allow-f"
+    ):
+        quantize()  # of 14
+    assert quantize(allow_fallbacks=True).fallbacks == ["model.layers.0.self_attn.o_proj"]
 
 
 def test_a_few_broken_hessians_are_reported(monkeypatch):
@@ -150,7 +171,7 @@ def test_a_few_broken_hessians_are_reported(monkeypatch):
 
     monkeypatch.setattr(loop, "inverse_factor", first_broken)
     _, result = run("llama", Settings("billm"))
-    assert result.failed_hessians == 1
+    assert result.beyond_repair == 3
     assert result.fallbacks == [f"model.layers.0.self_attn.{name}_proj" for name in "qkv"]
 
 
@@ -178,9 +199,9 @@ def test_an_expert_that_saw_few_tokens_is_rounded_plainly_and_told(climbs):
     settings = Settings("bellbit", effort="fast") if climbs else Settings("gptq")
     settings = settings.resolved(family)
     if climbs:
-        result = climb(model, family, settings, tokens, "cpu", 0, lambda *_: None, Saved(None, {}, False, False))
+        result = climb(model, family, settings, tokens, "cpu", 0, lambda *_: None, Saved())
     else:
-        result = quantize_model(model, family, settings, tokens, "cpu", lambda *_: None)
+        result = quantize_model(model, family, settings, tokens, "cpu", lambda *_: None, Saved())
     assert {f"model.layers.1.mlp.experts.3.{name}_proj" for name in ("gate", "up", "down")} <= set(result.fallbacks)
     assert model(tokens).logits.isfinite().all()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
@@ -15,8 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from bellbit.core.activations import Scope
-from bellbit.errors import BellbitError
-from bellbit.loading import first_line
+from bellbit.errors import BellbitError, disk_reason
 from bellbit.packed.checkpoint import write_shards
 from bellbit.packed.hf import QUANT_METHOD, BellbitConfig
 from bellbit.packed.linear import packed_linears
@@ -133,9 +131,9 @@ def save_checkpoint(
         _check_reload(model, folder, probe)
         _put_in_place(folder, target, overwrite)
     except (OSError, SafetensorError) as error:
-        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-        cause = "no space left" if full else first_line(error)
-        raise BellbitError(f"{cause} while writing {target}; nothing was kept") from error
+        raise BellbitError(
+            f"{disk_reason(error)} while writing {target}; there is no checkpoint, --resume tries again"
+        ) from error
     finally:
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
@@ -151,7 +149,7 @@ def _check_reload(model: Any, folder: Path, probe: Tensor) -> None:
     if not difference <= RELOAD_TOLERANCE:
         raise BellbitError(
             f"the saved checkpoint gives other logits than the model in memory (by {difference:.2g} of the "
-            "largest); nothing was kept. This is a fault of bellbit: please report it."
+            "largest); it is not kept. This is a fault of bellbit: please report it."
         )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -93,11 +93,13 @@ def climb(
     seed: int,
     progress: Progress,
     saved: Saved,
+    most_fallbacks: float = math.inf,
 ) -> Run:
     """Replace the linears of every decoder block by packed ones, in place.
 
     settings: resolved for `family`. windows: token ids (samples, length), the last few held back from training.
     seed: of the order of the windows. saved: what is done is kept there, and not done again.
+    most_fallbacks: see `Run.check`.
     """
     effort = EFFORTS[settings.effort]
     bf16 = bf16_pays(device)
@@ -118,7 +120,7 @@ def climb(
     blocks: list[nn.Module] = list(model.get_submodule(family.blocks).children())
     stream = BlockStream(model, blocks, pieces, device, TOGETHER, bf16)
     plan = _plan(pieces, epochs, SIGN_RATES, seed * len(blocks) * 2 * epochs)
-    run = _quantize_blocks(stream, model, family, settings, widths, plan, blockwise, saved)
+    run = _quantize_blocks(stream, model, family, settings, widths, plan, blockwise, saved, most_fallbacks)
     if states is not None:
         plan = _plan(whole_pieces, distilled, Rates(0.0, DISTILL_RELATIVE), seed * distilled)
 
@@ -160,6 +162,7 @@ def _quantize_blocks(
     plan: Plan,
     progress: Progress,
     saved: Saved,
+    most_fallbacks: float,
 ) -> Run:
     """The rungs that take one decoder block after the other; their linears become `LatentLinear`s.
 
@@ -193,8 +196,8 @@ def _quantize_blocks(
                 own_plan = replace(plan, epochs=epochs, rates=rates, seed=plan.seed + index * 2 * plan.epochs)
                 reconstruct(block, stream.caller(block), stream.inputs, targets, own_plan, report)
             saved.keep(name, block.state_dict(), **notes)
-        run.errors |= {f"{name}.{linear}": error for linear, error in notes["errors"].items()}
-        run.fallbacks += [f"{name}.{linear}" for linear in notes["fallbacks"]]
+        run.add(name, Run(**notes))
+        run.check(most_fallbacks)
         if streaming and index < len(blocks) - 1:
             stream.run(block, stream.inputs, ignore)
     return run
@@ -264,26 +267,26 @@ def _enter(
 ) -> dict[str, Any]:
     """Give the linears of a block their column scales and first codes, as layers to be trained.
 
-    widths: by linear. Returns the relative output `errors` by linear, and the `fallbacks`.
+    widths: by linear. Returns the fields of a `Run`, linears by their names in the block.
     """
     hessians = group_hessians(stream, block, family, settings, name, ignore, HESSIAN_PIECES)
     if "columns" in settings.rungs:
         fold_columns(block, family, hessians, settings.columns, head_dim)
-    errors: dict[str, float] = {}
-    fallbacks: list[str] = []
+    run = Run()
     for group in family.groups_of(block):
         hessian = hessians.pop(group, None)
         factor = inverse_factor(hessian) if hessian is not None and "codes" in settings.rungs else None
         if hessian is None or (factor is not None and factor.damping is None):
-            fallbacks += group.linears
+            run.fallbacks += group.linears
+            run.beyond_repair += len(group.linears) if hessian is not None else 0
         for linear in group.linears:
             old: Any = block.get_submodule(linear)
             weight = old.weight.detach().float()
             levels, scales = first_codes(weight, factor, widths[linear])
             layer = LatentLinear.starting(weight, levels, scales, widths[linear], old.bias)
             block.set_submodule(linear, layer)
-            errors[linear] = relative_error(weight, layer.weight(), hessian)
-    return {"errors": errors, "fallbacks": fallbacks}
+            run.errors[linear] = relative_error(weight, layer.weight(), hessian)
+    return asdict(run)
 
 
 def _widths(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -16,16 +17,17 @@ from bellbit.core.hessian import InverseFactor, inverse_factor, unknown_factor
 from bellbit.core.ltdb import SMALLEST_SCALE, learn_column_scales
 from bellbit.errors import BellbitError
 from bellbit.memory import release_memory
-from bellbit.packed.linear import PackedLinear
+from bellbit.packed.linear import PackedLinear, packed_linears
 from bellbit.packed.tensor import PackedTensor
 from bellbit.ptq.collect import group_hessians, input_maxima
 from bellbit.ptq.families import Family, InputGroup, by_norm, fold_column_scales
 from bellbit.ptq.methods import METHODS, Settings
+from bellbit.ptq.resume import Saved
 from bellbit.ptq.stream import BlockStream
 
 Progress = Callable[[float, str], None]  # share done (0 … 1), what is being done
 
-FALLBACK_LIMIT = 0.25  # share of Hessians beyond repair at which a run is given up
+FALLBACK_LIMIT = 0.05  # share of linears with Hessians beyond repair above which a run is given up
 
 # Where a block's time goes, measured on the demo model; only the progress bar depends on it.
 SHARES = {"maxima": 0.25, "hessians": 0.40, "quantize": 0.15, "propagate": 0.20}
@@ -58,14 +60,30 @@ class Run:
     """What a run over a model did. errors: as in GroupRecord, by full module name.
 
     fallbacks: linears that were rounded plainly because their Hessian was beyond repair, or, of an expert, that too few
-    tokens reached; failed_hessians: how many Hessians were beyond repair.
+    tokens reached; beyond_repair: how many of them the first.
     algorithm_seconds: spent outside the model's own forward passes and the accumulation of Hessians.
     """
 
     errors: dict[str, float] = field(default_factory=dict)
     fallbacks: list[str] = field(default_factory=list)
-    failed_hessians: int = 0
+    beyond_repair: int = 0
     algorithm_seconds: float = 0.0
+
+    def add(self, block: str, other: Run) -> None:
+        """What was done to the block of that name, whose linears `other` has without it."""
+        self.errors |= {f"{block}.{linear}": error for linear, error in other.errors.items()}
+        self.fallbacks += [f"{block}.{linear}" for linear in other.fallbacks]
+        self.beyond_repair += other.beyond_repair
+        self.algorithm_seconds += other.algorithm_seconds
+
+    def check(self, most: float) -> None:
+        """Raise BellbitError if more than `most` linears had Hessians beyond repair."""
+        if self.beyond_repair > most:
+            raise BellbitError(
+                f"the Hessians of {self.beyond_repair} linears cannot be repaired by damping, the last that of "
+                f"{self.fallbacks[-1]}; the calibration text is too uniform or the model broken: give other text, or "
+                "--allow-fallbacks to round them plainly"
+            )
 
 
 @torch.no_grad()
@@ -76,7 +94,9 @@ def quantize_model(
     windows: Tensor | None,
     device: str,
     progress: Progress,
+    saved: Saved,
     observer: Observer | None = None,
+    most_fallbacks: float = math.inf,
 ) -> Run:
     """Replace the linears of every decoder block by packed ones, in place, block after block.
 
@@ -86,54 +106,99 @@ def quantize_model(
     costs no run of its own, and rounded activations are rounded after scaling, as at inference.
 
     settings: resolved for `family`. windows: token ids (samples, length); None if the method needs no text.
+    saved: keeps every block; one that it has is put back, and only run to go on with the chains. An observer is told
+    of its errors, no more. most_fallbacks: see `Run.check`.
     """
     run = Run()
     method = METHODS[settings.method]
     blocks: list[nn.Module] = list(model.get_submodule(family.blocks).children())
-    stream = None
+    stream, full_precision = None, None
     if windows is not None:
         together = windows_at_once(windows.shape[1], settings.act_bits, settings.resolved_scope)
         stream = BlockStream(model, blocks, windows, device, together)
-    transforms = method.transforms and settings.ltdb != "off"
-    most_failed = FALLBACK_LIMIT * sum(len(family.groups_of(block)) for block in blocks)
-    full_precision = stream.inputs.clone() if stream and transforms else None
+        full_precision = stream.inputs.clone() if method.transforms and settings.ltdb != "off" else None
 
     for index, block in enumerate(blocks):
         name = f"{family.blocks}.{index}"
         steps = _Steps(progress, index, len(blocks))
+        last = index == len(blocks) - 1
         block.to(device)
         records = [_record(block, group, index, len(blocks), observer) for group in family.groups_of(block)]
-        hessians: dict[InputGroup, Tensor] = {}
-        if stream is not None:
-            if full_precision is not None:
-                last = index == len(blocks) - 1
-                behind = by_norm(record.group for record in records)
-                maxima = input_maxima(stream, block, behind, full_precision, steps.part("maxima"), keep=not last)
-                with _timed(run):
-                    scales = {key: _column_scales(block, behind[key], maxima[key], settings) for key in behind}
-                    for key, groups in behind.items():
-                        fold_column_scales(block, groups, scales[key], family.norm_offset)
-                for record in records:
-                    norm = record.group.norm or ""
-                    record.act_absmax, record.scales = maxima.get(norm), scales.get(norm)
-            hessians = group_hessians(stream, block, family, settings, name, steps.part("hessians"))
-        with _timed(run):
+        if (found := saved.load(name)) is not None:
+            if stream is not None and full_precision is not None and not last:
+                stream.run(block, full_precision, steps.part("maxima"))
+            own = _put_back(block, records, *found)
+            block.to(device)
+        else:
+            hessians: dict[InputGroup, Tensor] = {}
+            own = Run()
+            if stream is not None:
+                if full_precision is not None:
+                    _fold(block, records, stream, full_precision, family, settings, steps, own, keep=not last)
+                hessians = group_hessians(stream, block, family, settings, name, steps.part("hessians"))
             for record in records:
-                _quantize_group(model, name, record, hessians.pop(record.group, None), family, settings, run)
-                if run.failed_hessians > most_failed:
-                    raise BellbitError(
-                        f"{run.failed_hessians} Hessians cannot be repaired by damping, the last that of "
-                        f"{run.fallbacks[-1]}; the calibration text is too uniform or the model broken: give other text"
-                    )
+                _quantize_group(block, record, hessians.pop(record.group, None), family, settings, own)
+            saved.keep(name, block.state_dict(), **asdict(own), layers=_layers(block))
+        run.add(name, own)
+        run.check(most_fallbacks)
         if observer is not None:
             for record in records:
                 observer(record)
         steps.part("quantize")(1)
-        if stream is not None and index < len(blocks) - 1:
+        if stream is not None and not last:
             stream.run(block, stream.inputs, steps.part("propagate"))
         block.to("cpu")
         release_memory()  # what the weights were
     return run
+
+
+def _layers(block: nn.Module) -> dict[str, dict[str, Any]]:
+    """What makes the packed linears of a block again, but for their tensors, by name."""
+    return {
+        name: {
+            "shape": [layer.out_features, layer.in_features],
+            "layout": layer.layout,
+            "options": layer.options,
+            "act_bits": layer.act_bits,
+            "act_scope": layer.act_scope,
+            "round_output": layer.round_output,
+        }
+        for name, layer in packed_linears(block).items()
+    }
+
+
+def _put_back(block: nn.Module, records: list[GroupRecord], tensors: dict[str, Tensor], notes: dict[str, Any]) -> Run:
+    """What an earlier run made of a block, and of it."""
+    for linear, arguments in notes.pop("layers").items():
+        block.set_submodule(linear, PackedLinear(**arguments, bias=tensors.get(f"{linear}.bias")))
+    block.load_state_dict(tensors)
+    run = Run(**notes)
+    for record in records:
+        record.errors = {linear: run.errors[linear] for linear in record.group.linears}
+    return run
+
+
+def _fold(
+    block: nn.Module,
+    records: list[GroupRecord],
+    stream: BlockStream,
+    full_precision: Tensor,
+    family: Family,
+    settings: Settings,
+    steps: _Steps,
+    run: Run,
+    keep: bool,
+) -> None:
+    """Learn the column scales of a block and fold them into its norms. keep: whether `full_precision` goes on."""
+    behind = by_norm(record.group for record in records)
+    maxima = input_maxima(stream, block, behind, full_precision, steps.part("maxima"), keep)
+    with _timed(run):
+        scales = {key: _column_scales(block, behind[key], maxima[key], settings) for key in behind}
+        for key, groups in behind.items():
+            fold_column_scales(block, groups, scales[key], family.norm_offset)
+    for record in records:
+        norm = record.group.norm or ""
+        record.act_absmax, record.scales = maxima.get(norm), scales.get(norm)
 
 
 class _Steps:
@@ -183,38 +248,32 @@ def _column_scales(block: nn.Module, groups: list[InputGroup], act_absmax: Tenso
 
 
 def _quantize_group(
-    model: Any,
-    block_name: str,
-    record: GroupRecord,
-    hessian: Tensor | None,
-    family: Family,
-    settings: Settings,
-    run: Run,
+    block: nn.Module, record: GroupRecord, hessian: Tensor | None, family: Family, settings: Settings, run: Run
 ) -> None:
-    """Pack the linears of one group and put them into the model."""
+    """Pack the linears of one group and put them into the block."""
     factor: InverseFactor | None = None
-    if METHODS[settings.method].calibrates:
-        first = weight_of(model, f"{block_name}.{record.group.linears[0]}")
-        factor = unknown_factor(first.shape[1], first.device) if hessian is None else inverse_factor(hessian)
-    for linear in record.group.linears:
-        name = f"{block_name}.{linear}"
-        old = model.get_submodule(name)
-        weight = old.weight.detach().float()
-        packed = METHODS[settings.method].quantize(weight, factor, settings)
-        record.packed[linear] = packed
-        record.errors[linear] = run.errors[name] = relative_error(weight, packed.dequantize(), hessian)
-        rounds = settings.act_bits < 16 and linear in family.rounded_outputs
-        layer = PackedLinear.holding(
-            packed,
-            bias=None if old.bias is None else old.bias.detach(),
-            act_bits=settings.act_bits,
-            act_scope=settings.resolved_scope,
-            round_output=rounds,
-        )
-        model.set_submodule(name, layer)
+    with _timed(run):
+        if METHODS[settings.method].calibrates:
+            first = weight_of(block, record.group.linears[0])
+            factor = unknown_factor(first.shape[1], first.device) if hessian is None else inverse_factor(hessian)
+        for linear in record.group.linears:
+            old: Any = block.get_submodule(linear)
+            weight = old.weight.detach().float()
+            packed = METHODS[settings.method].quantize(weight, factor, settings)
+            record.packed[linear] = packed
+            record.errors[linear] = run.errors[linear] = relative_error(weight, packed.dequantize(), hessian)
+            layer = PackedLinear.holding(
+                packed,
+                bias=None if old.bias is None else old.bias.detach(),
+                act_bits=settings.act_bits,
+                act_scope=settings.resolved_scope,
+                round_output=settings.act_bits < 16 and linear in family.rounded_outputs,
+            )
+            block.set_submodule(linear, layer)
     if factor is not None and factor.damping is None:
-        run.failed_hessians += hessian is not None  # an expert without tokens is no failure
-        run.fallbacks += [f"{block_name}.{linear}" for linear in record.group.linears]
+        if hessian is not None:  # an expert without tokens is no failure
+            run.beyond_repair += len(record.group.linears)
+        run.fallbacks += record.group.linears
 
 
 def relative_error(weight: Tensor, quantized: Tensor, hessian: Tensor | None) -> float:

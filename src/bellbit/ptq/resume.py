@@ -8,13 +8,14 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from bellbit.errors import BellbitError
+from bellbit.errors import BellbitError, disk_reason
 
 HASHED = 4096  # values of each tensor
 _FINGERPRINT, _NOTES, _SECONDS = "run.json", "notes", "seconds"
@@ -35,7 +36,13 @@ class Saved:
     seconds: that earlier runs took for what they kept; 0 in the first.
     """
 
-    def __init__(self, folder: Path | None, fingerprint: Mapping[str, Any], resume: bool, overwrite: bool) -> None:
+    def __init__(
+        self,
+        folder: Path | None = None,
+        fingerprint: Mapping[str, Any] = MappingProxyType({}),
+        resume: bool = False,
+        overwrite: bool = False,
+    ) -> None:
         """fingerprint: what must be the same for a run to go on, as JSON has it.
 
         Raises BellbitError if the folder is that of another run, or if there is a run and nobody said what to do.
@@ -43,7 +50,7 @@ class Saved:
         self.folder, self.seconds, self._started = folder, 0.0, time.perf_counter()
         if folder is None:
             return
-        wanted = json.loads(json.dumps(fingerprint))
+        wanted = json.loads(json.dumps(dict(fingerprint)))
         file = folder / _FINGERPRINT
         if file.exists() and resume:
             before = json.loads(file.read_text(encoding="utf-8"))
@@ -56,7 +63,7 @@ class Saved:
             if (clock := folder / _SECONDS).exists():
                 self.seconds = float(clock.read_text())
             return
-        if file.exists() and not overwrite:
+        if not overwrite and any(folder.glob("*.safetensors")):
             raise BellbitError(f"{folder} holds an unfinished run: --resume goes on with it, --overwrite starts again")
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
@@ -81,9 +88,12 @@ class Saved:
         file = self.folder / f"{step}.safetensors"
         partial = file.with_suffix(".partial")
         contents = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(contents, partial, metadata={_NOTES: json.dumps(notes)})
-        partial.replace(file)
-        (self.folder / _SECONDS).write_text(f"{self.seconds + time.perf_counter() - self._started:.1f}\n")
+        try:
+            save_file(contents, partial, metadata={_NOTES: json.dumps(notes)})
+            partial.replace(file)
+            (self.folder / _SECONDS).write_text(f"{self.seconds + time.perf_counter() - self._started:.1f}\n")
+        except (OSError, SafetensorError) as error:
+            raise BellbitError(f"{disk_reason(error)} while writing {file}; --resume goes on from there") from error
 
     def notes(self, step: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The notes of a step, made and kept now if it was not done."""

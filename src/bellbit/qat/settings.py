@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-from bellbit.errors import BellbitError
-from bellbit.loading import first_line
+from bellbit.errors import BellbitError, first_line
 from bellbit.qat.presets import preset as find_preset
 from bellbit.quantizers import parse
 
