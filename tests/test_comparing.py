@@ -134,10 +134,13 @@ def test_rows_are_kept_and_belong_to_their_request(request_, tmp_path, monkeypat
 
     def fake(request, spec, out):
         asked.append(spec)
+        assert not (out / ORIGINAL).exists()
         return comparing.Row(spec, 1.5, {request.data: 20.0}, {request.data: 0.1}, {request.data: 0.9}, 3.0, 10**9)
 
     monkeypatch.setattr(comparing, "_measure_apart", fake)
+    (tmp_path / ORIGINAL).mkdir()  # of a request whose first row failed
     compare(request_, ["sign"], tmp_path, lambda *_: None)
+    assert not (tmp_path / ORIGINAL).exists()
     rows = compare(request_, ["none", "sign", "gptq:bits=2"], tmp_path, lambda *_: None)
     assert asked == ["sign", "none", "gptq:bits=2"]
     assert [row.spec for row in rows] == ["none", "sign", "gptq:bits=2"]

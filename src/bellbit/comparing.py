@@ -136,6 +136,8 @@ def compare(request: Request, specs: Iterable[str], out: Path, progress: Callabl
     if known["request"] != asdict(request):
         raise BellbitError(f"{file} is of another comparison: {known['request']}; give another --out, or remove it")
     out.mkdir(parents=True, exist_ok=True)
+    if not file.exists():
+        shutil.rmtree(out / ORIGINAL, ignore_errors=True)  # it may be of another request
     for done, spec in enumerate(wanted):
         progress(done / len(wanted), spec)
         if spec not in known["rows"]:
