@@ -22,6 +22,8 @@ from bellbit.errors import BellbitError
 from bellbit.evaluate import perplexity
 from bellbit.exporting import export_gguf
 from bellbit.figures import draw_map
+from bellbit.ptq.distill import teacher_states
+from bellbit.ptq.resume import Saved
 from bellbit.report import comparison_table
 from conftest import CONFIGS
 
@@ -67,13 +69,13 @@ def test_text_of_the_models_own_is_counted():
     assert most_own(["sign", "bellbit:effort=fast", "bellbit:rungs=codes+blocks"], 8) == 8
 
 
-def test_agreement_with_oneself_and_with_another(tiny_model, tmp_path):
+def test_agreement_with_oneself_and_with_another(tiny_model):
     model = AutoModelForCausalLM.from_pretrained(tiny_model("llama")).eval()
     other = AutoModelForCausalLM.from_pretrained(tiny_model("llama")).eval()
     windows = torch.randint(256, (3, 20), generator=torch.Generator().manual_seed(0))
 
     def agreement(of):
-        found = Agreement(logits_of_original(model, windows, tmp_path / "kept.safetensors"))
+        found = Agreement(logits_of_original(model, windows, teacher_states(model, windows, bf16=False)))
         perplexity(of, windows, watch=found.add)
         return found.divergence, found.same_top
 
@@ -91,7 +93,8 @@ def test_logits_of_the_original_are_its_own_also_the_second_time(family, tiny_mo
     model = AutoModelForCausalLM.from_pretrained(tiny_model(family)).eval()
     windows = torch.randint(256, (2, 20), generator=torch.Generator().manual_seed(0))
     for _ in range(2):
-        found = torch.stack(list(logits_of_original(model, windows, tmp_path / "kept.safetensors")))
+        states = Saved(tmp_path / "kept", resume=True).tensor("x", lambda: teacher_states(model, windows, bf16=False))
+        found = torch.stack(list(logits_of_original(model, windows, states)))
         with torch.no_grad():
             assert torch.equal(found, torch.cat([model(w[None]).logits for w in windows]))
 

@@ -10,12 +10,11 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from bellbit.data import evaluation_windows, load_corpus
@@ -28,6 +27,7 @@ from bellbit.ptq.distill import teacher_states
 from bellbit.ptq.ladder import own_windows
 from bellbit.ptq.methods import METHODS, Settings
 from bellbit.ptq.quantize import quantize
+from bellbit.ptq.resume import Saved
 from bellbit.ptq.stream import acting
 
 NONE = "none"  # the model as it is
@@ -142,9 +142,9 @@ def compare(request: Request, specs: Iterable[str], out: Path, progress: Callabl
         progress(done / len(wanted), spec)
         if spec not in known["rows"]:
             known["rows"][spec] = asdict(_measure_apart(request, spec, out))
-            partial = file.with_suffix(".partial")
-            partial.write_text(json.dumps(known, indent=2) + "\n")
-            partial.replace(file)
+            beside = file.with_suffix(".partial")
+            beside.write_text(json.dumps(known, indent=2) + "\n")
+            beside.replace(file)
     shutil.rmtree(out / ORIGINAL, ignore_errors=True)
     return [Row(**known["rows"][spec]) for spec in wanted]
 
@@ -163,7 +163,8 @@ def measure(request: Request, spec: str, out: Path) -> Row:
     """One row, here and now. out: an existing folder; the checkpoint is there until it is measured."""
     method, options = parse(spec)
     location = locate(request.model)
-    checkpoint, kept = out / ROWS / _file_name(spec), out / ORIGINAL
+    checkpoint = out / ROWS / _file_name(spec)
+    kept = Saved(out / ORIGINAL, resume=True)  # hidden states take a hundredth of the logits' size
     bits, seconds, peak = 16.0, None, None
     result = location
     try:
@@ -197,8 +198,8 @@ def measure(request: Request, spec: str, out: Path) -> Row:
                 found["perplexity"][source] = perplexity(model, windows).perplexity
                 found["divergence"][source], found["same_top"][source] = 0.0, 1.0
                 continue
-            kept.mkdir(exist_ok=True)
-            nearness = Agreement(logits_of_original(original, windows, kept / f"{_file_name(source)}.safetensors"))
+            states = kept.tensor(_file_name(source), partial(teacher_states, original, windows, bf16=False))
+            nearness = Agreement(logits_of_original(original, windows, states))
             found["perplexity"][source] = perplexity(model, windows, watch=nearness.add).perplexity
             found["divergence"][source], found["same_top"][source] = nearness.divergence, nearness.same_top
         return Row(spec, bits, **found, seconds=seconds, peak_bytes=peak)
@@ -239,24 +240,17 @@ class Agreement:
 
 
 @torch.no_grad()
-def logits_of_original(original: Any, windows: Tensor, kept: Path) -> Iterator[Tensor]:
-    """Logits (length, vocabulary) of the model as it is, window after window.
+def logits_of_original(original: Any, windows: Tensor, states: Tensor) -> Iterator[Tensor]:
+    """Logits (length, vocabulary) of the model as it is, window after window; only its head runs.
 
-    kept: a file of the last hidden states, which take a hundredth of the logits' size; written unless it is there, and
-    only the head has to run again for the next row.
+    states: its last hidden states on the windows, see `teacher_states`.
     """
-    if not kept.exists():
-        partial = kept.with_suffix(".partial")
-        save_file({"states": teacher_states(original, windows, bf16=False)}, partial)
-        partial.replace(kept)
     output = original.base_model(input_ids=windows[:1, :1], use_cache=False)  # of the family's own kind
-    with safe_open(kept, "pt") as file:
-        states = file.get_slice("states")
-        for i, window in enumerate(windows):
-            output["last_hidden_state"] = states[i : i + 1]
-            with acting([original.base_model], lambda _: lambda *_, **__: output):
-                logits: Tensor = original(input_ids=window[None], use_cache=False).logits[0]
-            yield logits
+    for window, state in zip(windows, states, strict=True):
+        output["last_hidden_state"] = state[None]
+        with acting([original.base_model], lambda _: lambda *_, **__: output):
+            logits: Tensor = original(input_ids=window[None], use_cache=False).logits[0]
+        yield logits
 
 
 if __name__ == "__main__":

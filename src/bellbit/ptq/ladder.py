@@ -277,8 +277,7 @@ def _enter(
         hessian = hessians.pop(group, None)
         factor = inverse_factor(hessian) if hessian is not None and "codes" in settings.rungs else None
         if hessian is None or (factor is not None and factor.damping is None):
-            run.fallbacks += group.linears
-            run.beyond_repair += len(group.linears) if hessian is not None else 0
+            run.fall_back(group.linears, broken=hessian is not None)
         for linear in group.linears:
             old: Any = block.get_submodule(linear)
             weight = old.weight.detach().float()

@@ -76,6 +76,11 @@ class Run:
         self.beyond_repair += other.beyond_repair
         self.algorithm_seconds += other.algorithm_seconds
 
+    def fall_back(self, linears: tuple[str, ...], broken: bool) -> None:
+        """Count linears that are rounded plainly. broken: their Hessian is beyond repair, not missing."""
+        self.fallbacks += linears
+        self.beyond_repair += len(linears) * broken
+
     def check(self, most: float) -> None:
         """Raise BellbitError if more than `most` linears had Hessians beyond repair."""
         if self.beyond_repair > most:
@@ -271,9 +276,7 @@ def _quantize_group(
             )
             block.set_submodule(linear, layer)
     if factor is not None and factor.damping is None:
-        if hessian is not None:  # an expert without tokens is no failure
-            run.beyond_repair += len(record.group.linears)
-        run.fallbacks += record.group.linears
+        run.fall_back(record.group.linears, broken=hessian is not None)
 
 
 def relative_error(weight: Tensor, quantized: Tensor, hessian: Tensor | None) -> float:

@@ -134,7 +134,8 @@ def quantize(
     unfuse(network)
     if unknown:
         family = discover(network)
-    round_unquantized(network, set(linear_names(network, family)))
+    linears = linear_names(network, family)
+    round_unquantized(network, set(linears))
     gc.collect()  # readers of model files leave cycles behind that hold the whole file
     release_memory()
 
@@ -142,8 +143,7 @@ def quantize(
     trained = asdict(EFFORTS[settings.effort])
     saved = Saved(partial, {**provenance, "effort": trained, "model": fingerprint(network)}, resume, overwrite)
 
-    most = math.inf if allow_fallbacks else FALLBACK_LIMIT * len(linear_names(network, family))
-
+    most = math.inf if allow_fallbacks else FALLBACK_LIMIT * len(linears)
     latest = ""
 
     def advance(share: float, text: str) -> None:
