@@ -19,7 +19,7 @@ from bellbit.packed.checkpoint import write_shards
 from bellbit.packed.linear import PackedLinear
 from bellbit.packed.plain import NormalFloat
 from bellbit.packed.planes import Bellbox
-from bellbit.packed.save import quantization_config, stored_tensors
+from bellbit.packed.save import StoredTensors, quantization_config
 
 EXTREMES = [0, 1, -1, 2, 7, 16, 128, 129, 2**31 - 1, 2**31, 2**63, -(2**63), 1e300, 0.5, True, None, "", "a", [], {}]
 TOKENS = torch.arange(20)[None]
@@ -56,7 +56,7 @@ def make_checkpoint(folder):
     for linear, make in zip(weights, makers, strict=True):
         model.set_submodule(names[linear], PackedLinear.holding(make(linear.weight.data), act_bits=8))
     folder.mkdir()
-    write_shards(stored_tensors(model), folder)
+    write_shards(StoredTensors(model), folder)
     model.config.quantization_config = quantization_config(model, "fuzz", "token", 8, {})
     model.config.save_pretrained(folder)
 

@@ -143,6 +143,7 @@ def quantize(
     allow_fallbacks: Annotated[
         bool, typer.Option(help="Go on if more than 5 % of the linears must be rounded plainly.")
     ] = False,
+    offload: Annotated[bool, typer.Option(help="Keep hidden states in files beside OUT, not in memory.")] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace OUT if it exists.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -196,6 +197,7 @@ def quantize(
             resume=resume,
             allow_unknown=allow_unknown,
             allow_fallbacks=allow_fallbacks,
+            offload=offload,
             progress=progress,
             observer=drawing,
             **options,

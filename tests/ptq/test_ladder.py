@@ -11,6 +11,7 @@ from bellbit.packed.linear import packed_linears
 from bellbit.packed.planes import Sign128, Symmetric
 from bellbit.packed.tensor import mean_over_weights
 from bellbit.ptq import budget, ladder, resume
+from bellbit.ptq.blocks import Blocks
 from bellbit.ptq.distill import divergence
 from bellbit.ptq.families import fold_along_chain, linear_names, shared_by_heads
 from bellbit.ptq.ladder import climb
@@ -25,7 +26,7 @@ def climbed(name="llama", tokens=None, seed=0, saved=None, progress=lambda *_: N
     model = random_model(CONFIGS[name]())
     settings = Settings("bellbit", **{"effort": "fast"} | options).resolved(family_named(name))
     tokens = windows(8, 32) if tokens is None else tokens
-    run = climb(model, family_named(name), settings, tokens, "cpu", seed, progress, saved or Saved())
+    run = climb(Blocks(model, family_named(name)), settings, tokens, "cpu", seed, progress, saved or Saved())
     return model, run
 
 

@@ -6,6 +6,7 @@ from bellbit.core.hessian import inverse_factor
 from bellbit.errors import BellbitError
 from bellbit.packed.save import packed_linears
 from bellbit.ptq import ladder, loop
+from bellbit.ptq.blocks import Blocks
 from bellbit.ptq.families import linear_names
 from bellbit.ptq.ladder import climb
 from bellbit.ptq.loop import quantize_model
@@ -25,9 +26,8 @@ def run(name, settings=None, tokens=None, observer=None, model=None):
     model = model or random_model(CONFIGS[name]())
     family = family_named(name)
     settings = (settings or Settings(ltdb_steps=3)).resolved(family)
-    result = quantize_model(
-        model, family, settings, windows() if tokens is None else tokens, "cpu", lambda *_: None, Saved(), observer
-    )
+    tokens = windows() if tokens is None else tokens
+    result = quantize_model(Blocks(model, family), settings, tokens, "cpu", lambda *_: None, Saved(), observer)
     return model, result
 
 
@@ -59,7 +59,9 @@ def test_every_linear_of_every_block_is_packed(name):
 def test_each_block_runs_at_most_three_times(monkeypatch):
     streams = []
     original = BlockStream.__init__
-    monkeypatch.setattr(BlockStream, "__init__", lambda self, *a: (streams.append(self), original(self, *a))[1])
+    monkeypatch.setattr(
+        BlockStream, "__init__", lambda self, *a, **k: (streams.append(self), original(self, *a, **k))[1]
+    )
     for method, most in (("dbellquant", 3), ("billm", 2), ("gptq", 2)):
         run("llama", Settings(method, ltdb_steps=1))
         assert 1 <= max(streams[-1].runs.values()) <= most
@@ -199,9 +201,9 @@ def test_an_expert_that_saw_few_tokens_is_rounded_plainly_and_told(climbs):
     settings = Settings("bellbit", effort="fast") if climbs else Settings("gptq")
     settings = settings.resolved(family)
     if climbs:
-        result = climb(model, family, settings, tokens, "cpu", 0, lambda *_: None, Saved())
+        result = climb(Blocks(model, family), settings, tokens, "cpu", 0, lambda *_: None, Saved())
     else:
-        result = quantize_model(model, family, settings, tokens, "cpu", lambda *_: None, Saved())
+        result = quantize_model(Blocks(model, family), settings, tokens, "cpu", lambda *_: None, Saved())
     assert {f"model.layers.1.mlp.experts.3.{name}_proj" for name in ("gate", "up", "down")} <= set(result.fallbacks)
     assert model(tokens).logits.isfinite().all()
 

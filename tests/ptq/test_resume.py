@@ -54,7 +54,12 @@ def test_a_run_of_any_method_goes_on_to_the_same_bytes(family, method, options, 
     assert files(tmp_path / "cut") == files(tmp_path / "whole")
     assert (resumed.errors, resumed.fallbacks) == (whole.errors, whole.fallbacks)
     assert sum(len(record.errors) for record in told) == len(whole.errors)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["cut", "whole"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "cut",
+        "cut.quantize_log.jsonl",
+        "whole",
+        "whole.quantize_log.jsonl",
+    ]
 
 
 def test_a_run_that_kept_nothing_is_none(tmp_path):

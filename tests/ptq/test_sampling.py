@@ -75,7 +75,7 @@ def test_the_ladder_adds_text_of_its_own_to_what_it_is_given(
 ):
     seen = []
     climb = quantize.climb
-    monkeypatch.setattr(quantize, "climb", lambda *args: seen.append(args[3]) or climb(*args))
+    monkeypatch.setattr(quantize, "climb", lambda *args: seen.append(args[2]) or climb(*args))
     options = {"samples": 2, "seq_len": 32, "effort": effort, "rungs": rungs}
     report = bellbit.quantize(tiny_model("llama"), tmp_path / "out", "bellbit", calib=f"{english}{calib}", **options)
     assert report.calibration["own"] == own

@@ -9,7 +9,7 @@ from transformers.models.llama import LlamaConfig
 from bellbit.errors import BellbitError
 from bellbit.packed.checkpoint import write_shards
 from bellbit.packed.linear import PackedLinear, packed_linears
-from bellbit.packed.save import quantization_config, stored_tensors
+from bellbit.packed.save import StoredTensors, quantization_config
 from bellbit.qat import QuantLinear, convert, prepare, quantizer
 from conftest import LLAMA_LIKE
 
@@ -87,7 +87,7 @@ def test_a_converted_model_survives_the_file(tmp_path):
     with torch.no_grad():
         expected = model(tokens).logits
         convert(model)
-        write_shards(stored_tensors(model), tmp_path)
+        write_shards(StoredTensors(model), tmp_path)
         model.config.quantization_config = quantization_config(model, "bbq", "token", 16, {})
         model.config.save_pretrained(tmp_path)
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()

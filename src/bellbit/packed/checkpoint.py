@@ -25,7 +25,7 @@ from bellbit.packed.tensor import PackedTensor
 from bellbit.quantizers import input_tensors, parse
 
 FORMAT_VERSION = 2
-MAX_SHARD_SIZE = "4GB"
+MAX_SHARD_SIZE = "1GB"  # as much is in memory while it is written
 _CHECKSUMS = "crc32"
 _DTYPE_NAMES = {torch.uint8: "U8", torch.int8: "I8", torch.float16: "F16", torch.float32: "F32"}
 
@@ -203,15 +203,17 @@ def checksum(tensor: Tensor) -> int:
 def write_shards(tensors: Mapping[str, Tensor], folder: Path) -> None:
     """Write `tensors` as `model.safetensors`, or as shards with an index, checksums in their metadata.
 
+    tensors: looked up twice each, so that a mapping may make them when asked; no more than a shard is held.
     Raises BellbitError if the disk has no room.
     """
-    needed = sum(tensor.nbytes for tensor in tensors.values())
+    described = {name: tensor.to("meta") for name, tensor in tensors.items()}
+    needed = sum(tensor.nbytes for tensor in described.values())
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise BellbitError(
             f"no space: the checkpoint takes {needed / 1e6:.0f} MB, {folder.parent} has {free / 1e6:.0f} MB left"
         )
-    plan = split_torch_state_dict_into_shards(dict(tensors), max_shard_size=MAX_SHARD_SIZE)
+    plan = split_torch_state_dict_into_shards(described, max_shard_size=MAX_SHARD_SIZE)
     for filename, names in plan.filename_to_tensors.items():
         shard = {name: tensors[name].detach().cpu().contiguous() for name in names}
         checksums = json.dumps({name: checksum(tensor) for name, tensor in sorted(shard.items())})

@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -62,11 +64,11 @@ def round_unquantized(model: nn.Module, quantized: set[str]) -> None:
     """Round the matrices that stay unquantized to what 16 bits hold, in place: embeddings, head.
 
     Values that are exact in bfloat16 or float16 stay as they are; others are rounded to float16. Vectors (norms,
-    biases) are kept in full. quantized: names of the linears that will be packed.
+    biases) are kept in full. quantized: names of the linears that will be packed. What is not in memory stays out.
     """
     packed = {id(parameter) for name in quantized for parameter in model.get_submodule(name).parameters()}
     for parameter in model.parameters():
-        if parameter.ndim < 2 or id(parameter) in packed:
+        if parameter.ndim < 2 or parameter.is_meta or id(parameter) in packed:
             continue
         if narrowest(parameter.data).dtype.itemsize > 2 and bool(parameter.half().isfinite().all()):
             parameter.data.copy_(parameter.half())
@@ -93,23 +95,45 @@ def quantization_config(
     return BellbitConfig(method, layouts, modules, act_bits, act_scope, rounded, rule, provenance=provenance)
 
 
-def stored_tensors(model: Any) -> dict[str, Tensor]:
-    """What a checkpoint of `model` holds, by name; tied tensors once, matrices in 16 bits where that is exact."""
-    tied = set(model.all_tied_weights_keys)
-    packed = {f"{name}.{key}" for name, layer in packed_linears(model).items() for key in layer.packed.tensors}
-    return {
-        name: narrowest(tensor) if tensor.ndim >= 2 and name not in packed else tensor
-        for name, tensor in model.state_dict().items()
-        if name not in tied
-    }
+class StoredTensors(Mapping[str, Tensor]):
+    """What a checkpoint of a model holds, by name; tied tensors once, matrices in 16 bits where that is exact."""
+
+    def __init__(self, model: Any, read: Callable[[str], Tensor] | None = None) -> None:
+        """read: a tensor that is not in memory, by its full name."""
+        self._read = read
+        tied = set(model.all_tied_weights_keys)
+        self._found = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+        layers = packed_linears(model).items()
+        self._packed = {f"{name}.{key}" for name, layer in layers for key in layer.packed.tensors}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._found)
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = self._found[name]
+        if tensor.is_meta:
+            assert self._read is not None, f"{name} is not in memory"
+            tensor = self._read(name)
+        return narrowest(tensor) if tensor.ndim >= 2 and name not in self._packed else tensor
 
 
 def save_checkpoint(
-    model: Any, tokenizer: Any, config: BellbitConfig | None, target: Path, overwrite: bool, probe: Tensor
+    model: Any,
+    tokenizer: Any,
+    config: BellbitConfig | None,
+    target: Path,
+    overwrite: bool,
+    probe: Tensor,
+    read: Callable[[str], Tensor] | None = None,
+    running: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> None:
     """Write everything beside `target`, load it again, compare logits, and only then rename it into place.
 
-    config: None for a model that is not quantized. probe: token ids (n,) to compare logits on.
+    config: None for a model that is not quantized. probe: token ids (n,) to compare logits on. read: a tensor that is
+    not in memory, by its full name; `running()`: inside, the model runs all the same.
     Raises BellbitError if the disk is full or the reloaded model does not give the same logits.
     """
     folder = None
@@ -117,7 +141,7 @@ def save_checkpoint(
         target.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
         folder.chmod(0o755)
-        write_shards(stored_tensors(model), folder)
+        write_shards(StoredTensors(model, read), folder)
         if config is not None:
             model.config.quantization_config = config
         model.config.dtype = model.dtype
@@ -128,7 +152,8 @@ def save_checkpoint(
         tokenizer.save_pretrained(folder)
         for file in folder.iterdir():
             file.chmod(0o644)  # safetensors writes for the owner alone
-        _check_reload(model, folder, probe)
+        with running():
+            _check_reload(model, folder, probe)
         _put_in_place(folder, target, overwrite)
     except (OSError, SafetensorError) as error:
         raise BellbitError(

@@ -6,8 +6,10 @@ docs/method.md explains the rungs. Each can be left out; what is left stands on 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +19,8 @@ from bellbit.core.columns import Start, column_scales
 from bellbit.core.grid import first_codes
 from bellbit.core.hessian import inverse_factor
 from bellbit.packed.linear import PackedLinear
-from bellbit.ptq.budget import allocate, rounding_losses
+from bellbit.ptq.blocks import Blocks
+from bellbit.ptq.budget import allocate, rounding_losses, stored_bits
 from bellbit.ptq.collect import group_hessians
 from bellbit.ptq.distill import distill, teacher_states
 from bellbit.ptq.families import (
@@ -31,7 +34,7 @@ from bellbit.ptq.families import (
 )
 from bellbit.ptq.fit import Plan, Rates
 from bellbit.ptq.latent import LatentLinear, latent_linears
-from bellbit.ptq.loop import Progress, Run, relative_error, weight_of
+from bellbit.ptq.loop import Log, Progress, Run, layers_of, put_back, relative_error, weight_of
 from bellbit.ptq.methods import METHODS, Settings
 from bellbit.ptq.reconstruct import reconstruct
 from bellbit.ptq.resume import Saved
@@ -85,31 +88,37 @@ def own_windows(settings: Settings, samples: int) -> int:
 
 @torch.no_grad()
 def climb(
-    model: Any,
-    family: Family,
+    blocks: Blocks,
     settings: Settings,
     windows: Tensor,
     device: str,
     seed: int,
     progress: Progress,
     saved: Saved,
+    shapes: Mapping[str, Sequence[int]] | None = None,
     most_fallbacks: float = math.inf,
+    offload: Path | None = None,
+    log: Log = lambda block, run: None,
 ) -> Run:
     """Replace the linears of every decoder block by packed ones, in place.
 
-    settings: resolved for `family`. windows: token ids (samples, length), the last few held back from training.
-    seed: of the order of the windows. saved: what is done is kept there, and not done again.
-    most_fallbacks: see `Run.check`.
+    blocks: of a model that is in memory, if `takes_whole` says so. settings: resolved for the family. windows: token
+    ids (samples, length), the last few held back from training. seed: of the order of the windows. saved: what is done
+    is kept there, and not done again. shapes: (out, in) of all linears by full name; looked up if not given.
+    most_fallbacks: see `Run.check`. offload: folder for hidden states. log: told of each block.
     """
+    model, family = blocks.model, blocks.family
     effort = EFFORTS[settings.effort]
     bf16 = bf16_pays(device)
     epochs = effort.epochs if "blocks" in settings.rungs else 0
-    distilled = effort.distilled if "distill" in settings.rungs else 0
+    distilled = _distilled(settings)
+    if shapes is None:
+        shapes = {name: weight_of(model, name).shape for name in linear_names(model, family)}
     # in epochs of reconstruction of the demo model
     budget, teacher, blockwise, whole = _parts(progress, 0.1, 0.2 * (distilled > 0), 0.5 + epochs, 1.3 * distilled)
 
     def measure() -> dict[str, int]:
-        return _widths(model, family, settings, windows, bf16, lambda done: budget(done, "bit budget"))
+        return _widths(blocks, shapes, settings, windows, bf16, lambda done: budget(done, "bit budget"))
 
     def listen() -> Tensor:
         return teacher_states(model, whole_pieces, bf16, lambda done: teacher(done, "what the model itself says"))
@@ -117,10 +126,10 @@ def climb(
     pieces, whole_pieces = _in_pieces(windows, PIECE), _in_pieces(windows, DISTILLED_PIECE)
     widths = saved.notes("budget", measure)
     states = saved.tensor("teacher", listen) if distilled else None
-    blocks: list[nn.Module] = list(model.get_submodule(family.blocks).children())
-    stream = BlockStream(model, blocks, pieces, device, TOGETHER, bf16)
-    plan = _plan(pieces, epochs, SIGN_RATES, seed * len(blocks) * 2 * epochs)
-    run = _quantize_blocks(stream, model, family, settings, widths, plan, blockwise, saved, most_fallbacks)
+    every = blocks.all
+    stream = BlockStream(model, every, pieces, device, TOGETHER, bf16, offload)
+    plan = _plan(pieces, epochs, SIGN_RATES, seed * len(every) * 2 * epochs)
+    run = _quantize_blocks(stream, blocks, settings, widths, plan, blockwise, saved, most_fallbacks, log)
     if states is not None:
         plan = _plan(whole_pieces, distilled, Rates(0.0, DISTILL_RELATIVE), seed * distilled)
 
@@ -128,9 +137,28 @@ def climb(
             whole(done, f"distillation, divergence {least:.3f}")
 
         distill(model, whole_pieces, states, plan, bf16, report, saved)
-    for name, layer in latent_linears(model).items():
-        model.set_submodule(name, PackedLinear.holding(layer.packed(), bias=layer.bias))
+        _pack(model)
     return run
+
+
+def _distilled(settings: Settings) -> int:
+    return EFFORTS[settings.effort].distilled if "distill" in settings.rungs else 0
+
+
+def takes_whole(settings: Settings, shapes: Mapping[str, Sequence[int]]) -> bool:
+    """Whether the model must be in memory whole: for distillation, or to measure what deserves more bits."""
+    return _distilled(settings) > 0 or len(set(_alike(settings, shapes).values())) > 1
+
+
+def _alike(settings: Settings, shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
+    """Bits of every linear if nothing is known of their losses."""
+    return allocate(shapes, dict.fromkeys(shapes, 0.0), settings.bpw)
+
+
+def _pack(module: nn.Module) -> None:
+    """Make the layers in training what they are stored as."""
+    for name, layer in latent_linears(module).items():
+        module.set_submodule(name, PackedLinear.holding(layer.packed(), bias=layer.bias))
 
 
 def _parts(progress: Progress, *costs: float) -> list[Progress]:
@@ -155,51 +183,64 @@ def _in_pieces(windows: Tensor, tokens: int) -> Tensor:
 
 def _quantize_blocks(
     stream: BlockStream,
-    model: Any,
-    family: Family,
+    blocks: Blocks,
     settings: Settings,
     widths: dict[str, int],
     plan: Plan,
     progress: Progress,
     saved: Saved,
     most_fallbacks: float,
+    log: Log,
 ) -> Run:
-    """The rungs that take one decoder block after the other; their linears become `LatentLinear`s.
+    """The rungs that take one decoder block after the other; their linears become `LatentLinear`s, or are packed at
+    once where nothing trains them any more.
 
     plan: of the first block; the seed counts on, and the rates are those of the block's width.
     """
-    run, targets = Run(), stream.inputs.clone()
-    children = model.get_submodule(family.blocks).named_children()
-    blocks = {f"{family.blocks}.{index}": block for index, block in children}
-    streaming = not all(saved.has(name) for name in blocks)
-    for index, (name, block) in enumerate(blocks.items()):
+    run, targets = Run(), stream.targets()
+    family, count = blocks.family, len(blocks.all)
+    streaming = not all(saved.has(blocks.name(index)) for index in range(count))
+    for index in range(count):
 
         def report(done: float, what: str = "reconstruction", index: int = index) -> None:
-            progress((index + done) / len(blocks), f"block {index + 1}/{len(blocks)}: {what}")
+            progress((index + done) / count, f"block {index + 1}/{count}: {what}")
 
         report(0, "codes")
-        block.to(stream.device)
+        started = time.perf_counter()
+        name, block = blocks.name(index), blocks.take_up(index).to(stream.device)
         if streaming:
             stream.run(block, targets, ignore)
         own = {linear: widths[f"{name}.{linear}"] for group in family.groups_of(block) for linear in group.linears}
         if (found := saved.load(name)) is not None:
             tensors, notes = found
-            for linear, width in own.items():
+            layers = notes.pop("layers")
+            for linear in own if not layers else ():
                 values = tensors[f"{linear}.latent"], tensors[f"{linear}.log_scales"]
-                block.set_submodule(linear, LatentLinear(*values, width, tensors.get(f"{linear}.bias")))
-            block.load_state_dict(tensors)
+                block.set_submodule(linear, LatentLinear(*values, own[linear], tensors.get(f"{linear}.bias")))
+            put_back(block, tensors, layers)
+            block.to(stream.device)
+            done = Run(**notes)
         else:
-            notes = _enter(block, family, stream, settings, name, own, _head_dim(model.config))
+            done = _enter(block, family, stream, settings, name, own, _head_dim(blocks.model.config))
             if plan.epochs:
                 epochs = plan.epochs * (2 if index < FIRST_BLOCKS else 1)
                 rates = SIGN_RATES if min(own.values()) == 1 else FINER_RATES
                 own_plan = replace(plan, epochs=epochs, rates=rates, seed=plan.seed + index * 2 * plan.epochs)
                 reconstruct(block, stream.caller(block), stream.inputs, targets, own_plan, report)
-            saved.keep(name, block.state_dict(), **notes)
-        run.add(name, Run(**notes))
+            seconds = time.perf_counter() - started
+            sizes = {linear: layer.latent.numel() for linear, layer in latent_linears(block).items()}
+            done.seconds = {linear: seconds * size / sum(sizes.values()) for linear, size in sizes.items()}
+            if not _distilled(settings):
+                _pack(block)
+            saved.keep(name, block.state_dict(), **asdict(done), layers=layers_of(block))
+        run.add(name, done)
+        log(name, done)
         run.check(most_fallbacks)
-        if streaming and index < len(blocks) - 1:
+        if streaming and index < count - 1:
             stream.run(block, stream.inputs, ignore)
+        del block
+        if not _distilled(settings):
+            blocks.put_down(index)
     return run
 
 
@@ -264,10 +305,10 @@ def _enter(
     name: str,
     widths: dict[str, int],
     head_dim: int,
-) -> dict[str, Any]:
+) -> Run:
     """Give the linears of a block their column scales and first codes, as layers to be trained.
 
-    widths: by linear. Returns the fields of a `Run`, linears by their names in the block.
+    widths: by linear. Errors are those of the first codes.
     """
     hessians = group_hessians(stream, block, family, settings, name, ignore, HESSIAN_PIECES)
     if "columns" in settings.rungs:
@@ -285,18 +326,24 @@ def _enter(
             layer = LatentLinear.starting(weight, levels, scales, widths[linear], old.bias)
             block.set_submodule(linear, layer)
             run.errors[linear] = relative_error(weight, layer.weight(), hessian)
-    return asdict(run)
+            run.bits[linear] = stored_bits(weight.shape[1], widths[linear])
+            run.nominal[linear] = widths[linear]
+    return run
 
 
 def _widths(
-    model: Any, family: Family, settings: Settings, windows: Tensor, bf16: bool, report: Callable[[float], None]
+    blocks: Blocks,
+    shapes: Mapping[str, Sequence[int]],
+    settings: Settings,
+    windows: Tensor,
+    bf16: bool,
+    report: Callable[[float], None],
 ) -> dict[str, int]:
     """Bits of every linear by name, under the budget."""
-    names = linear_names(model, family)
-    shapes = {name: weight_of(model, name).shape for name in names}
-    alike = allocate(shapes, dict.fromkeys(shapes, 0.0), settings.bpw)
+    alike = _alike(settings, shapes)
     base = min(alike.values())
     if max(alike.values()) == base:
         return alike
-    losses = rounding_losses(model, family.blocks, names, windows[0], base, bf16, report)
+    path = blocks.family.blocks
+    losses = rounding_losses(blocks.model, path, list(shapes), windows[0], base, bf16, report)
     return allocate(shapes, losses, settings.bpw)

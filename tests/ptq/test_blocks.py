@@ -1,0 +1,135 @@
+"""Models that are read block by block."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import bellbit
+from bellbit.errors import BellbitError
+from bellbit.loading import load_config, load_model, locate
+from bellbit.packed.linears import unfuse
+from bellbit.packed.save import round_unquantized
+from bellbit.ptq import loop, quantize
+from bellbit.ptq.blocks import BlocksFromFiles
+from bellbit.ptq.families import family_of, linear_names
+from conftest import CONFIGS
+
+TEXT = {"samples": 4, "seq_len": 64}
+
+
+def opened(folder, dtype="float32"):
+    location = locate(str(folder))
+    config = load_config(location)
+    return BlocksFromFiles(location, dtype, config, family_of(config)), load_model(location, dtype, config)
+
+
+def contents(module):
+    return dict(module.named_parameters()) | dict(module.named_buffers())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+def test_blocks_come_from_files_as_transformers_reads_them(name, dtype, tiny_model):
+    blocks, whole = opened(tiny_model(name), dtype)
+    unfuse(whole)
+    round_unquantized(whole, set(linear_names(whole, blocks.family)))
+    apart = blocks.model
+    assert not any(p.is_meta for key, p in contents(apart).items() if not key.startswith(blocks.family.blocks))
+    for index in range(2):
+        found, wanted = contents(blocks.take_up(index)), contents(whole.get_submodule(blocks.name(index)))
+        assert found.keys() == wanted.keys()
+        for key, tensor in wanted.items():
+            assert found[key].dtype == tensor.dtype and torch.equal(found[key], tensor), key
+    with torch.no_grad():
+        tokens = torch.arange(20)[None]
+        assert torch.equal(apart(tokens).logits, whole(tokens).logits)
+    for index in range(2):
+        blocks.put_down(index)
+        assert all(p.is_meta for p in apart.get_submodule(blocks.name(index)).parameters())
+
+
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize(
+    ("name", "method", "options"),
+    [
+        ("llama", "dbellquant", {"ltdb_steps": 3}),
+        ("mixtral", "gptq", {"bits": 3}),
+        ("gpt2", "sign", {}),
+        ("falcon", "billm", {}),
+        ("qwen3_moe", "bellbit", {"rungs": ("columns", "codes", "blocks"), "effort": "fast"}),
+    ],
+)
+def test_read_by_blocks_or_whole_a_model_gives_the_same_checkpoint(
+    name, method, options, offload, tiny_model, english, tmp_path, monkeypatch
+):
+    def run(out, **others):
+        return bellbit.quantize(
+            tiny_model(name), tmp_path / out, method, calib=str(english), **TEXT, **options, **others
+        )
+
+    apart = run("apart", offload=offload)
+    monkeypatch.setattr(quantize, "BlocksFromFiles", None)
+    monkeypatch.setattr(quantize, "_whole", lambda *_: True)
+    whole = run("whole")
+    first, second = (load_file(tmp_path / out / "model.safetensors") for out in ("apart", "whole"))
+    assert first.keys() == second.keys()
+    for key, tensor in second.items():
+        assert first[key].dtype == tensor.dtype and torch.equal(first[key], tensor), key
+    assert (apart.errors, apart.bits_per_weight, apart.nominal_bits) == (
+        whole.errors,
+        whole.bits_per_weight,
+        whole.nominal_bits,
+    )
+
+
+def test_never_more_than_one_block_is_in_memory(tiny_model, english, tmp_path, monkeypatch):
+    held = []
+    original = loop.group_hessians
+
+    def spy(stream, *arguments):
+        weights = [next(block.parameters()) for block in stream.arguments]
+        held.append([not weight.is_meta for weight in weights])
+        return original(stream, *arguments)
+
+    monkeypatch.setattr(loop, "group_hessians", spy)
+    bellbit.quantize(tiny_model("llama"), tmp_path / "out", "gptq", calib=str(english), **TEXT)
+    assert held == [[True, False], [False, True]]
+
+
+def test_every_linear_has_its_line_in_the_log(tiny_model, english, tmp_path):
+    for method, options in (("dbellquant", {"ltdb_steps": 3}), ("bellbit", {"effort": "fast"})):
+        out = tmp_path / method
+        report = bellbit.quantize(tiny_model("llama"), out, method, calib=str(english), **TEXT, **options)
+        lines = [json.loads(line) for line in out.with_name(f"{method}.quantize_log.jsonl").read_text().splitlines()]
+        assert {line["linear"]: line["error"] for line in lines} == report.errors
+        assert all(line["bits"] > 1 and line["seconds"] > 0 and line["fallback"] is False for line in lines)
+
+
+def test_a_shard_that_vanished_or_is_damaged_is_named(tiny_model, tmp_path):
+    blocks, whole = opened(tiny_model("llama"))
+    whole.save_pretrained(tmp_path / "model", max_shard_size="1MB")
+    whole.config.save_pretrained(tmp_path / "model")
+    shards = sorted((tmp_path / "model").glob("*.safetensors"))
+    assert len(shards) > 1
+    blocks, _ = opened(tmp_path / "model")
+    content = shards[-1].read_bytes()
+    shards[-1].write_bytes(content[:-1])
+    with pytest.raises(BellbitError, match=r"cannot read model\.layers\.1 of .*model"):
+        blocks.take_up(1)
+    shards[-1].unlink()
+    with pytest.raises(BellbitError, match=r"cannot read model\.layers\.0 of .*model"):
+        blocks.take_up(0)
+
+
+def test_a_missing_weight_is_named(tiny_model, tmp_path):
+    _, whole = opened(tiny_model("llama"))
+    state = {key: tensor for key, tensor in whole.state_dict().items() if "layers.1.mlp.up_proj" not in key}
+    whole.save_pretrained(tmp_path / "model", state_dict=state)
+    location = locate(str(tmp_path / "model"))
+    config = load_config(location)
+    blocks = BlocksFromFiles(location, "float32", config, family_of(config))
+    blocks.take_up(0)
+    with pytest.raises(BellbitError, match=r"lacks the tensor 'model\.layers\.1\.mlp\.up_proj\.weight'"):
+        blocks.take_up(1)
