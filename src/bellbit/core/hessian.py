@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,16 +18,26 @@ def new_hessian(width: int, device: torch.device | str = "cpu") -> Tensor:
     return torch.zeros(width, width, device=device)
 
 
-def accumulate(hessian: Tensor, inputs: Tensor, samples: int) -> None:
+def panels(width: int) -> list[slice]:
+    """Rows of H that are made together."""
+    return [slice(start, min(start + PANEL, width)) for start in range(0, width, PANEL)]
+
+
+def accumulate(hessian: Tensor, inputs: Tensor, samples: int, own: Sequence[slice] | None = None) -> None:
     """H += (2/n)·XᵀX in place, for one or more of the n calibration sequences.
 
     hessian: float32 (in, in). inputs: (..., in), any float type. samples: n, the number of sequences in all.
+    own: of `panels`, those that are made; all if not given.
     """
     x = inputs.reshape(-1, inputs.shape[-1]).float()
-    for start in range(0, len(hessian), PANEL):
-        stop = min(start + PANEL, len(hessian))
-        hessian[start:stop, :stop].addmm_(x[:, start:stop].t(), x[:, :stop], alpha=2 / samples)
-        hessian[:start, start:stop] = hessian[start:stop, :start].t()  # H is symmetric
+    for rows in panels(len(hessian)) if own is None else own:
+        hessian[rows, : rows.stop].addmm_(x[:, rows].t(), x[:, : rows.stop], alpha=2 / samples)
+        mirror(hessian, rows)
+
+
+def mirror(hessian: Tensor, rows: slice) -> None:
+    """H is symmetric: what rows have left of the diagonal goes above it, in place."""
+    hessian[: rows.start, rows] = hessian[rows, : rows.start].t()
 
 
 class InverseFactor(NamedTuple):

@@ -136,7 +136,9 @@ def skeleton(config: Any, dtype: torch.dtype = torch.float32) -> Any:
     from transformers import AutoModelForCausalLM
 
     with init_empty_weights(include_buffers=False):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    model.tie_weights()
+    return model
 
 
 def checkpoint_files(location: Location) -> list[Path]:

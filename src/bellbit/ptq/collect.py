@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from bellbit.core.activations import quantize_activations
-from bellbit.core.hessian import accumulate, new_hessian
+from bellbit.core.hessian import accumulate, mirror, new_hessian, panels
 from bellbit.errors import BellbitError
+from bellbit.processes import each_in_turn, largest, processes, sent
 from bellbit.ptq.families import Family, InputGroup
 from bellbit.ptq.methods import Settings
 from bellbit.ptq.stream import BlockStream, StopBlock
@@ -64,14 +65,20 @@ def input_maxima(
 
     def hook(norm: str) -> Callable[[Tensor], None]:
         def take(x: Tensor) -> None:
-            largest = x.detach().flatten(0, -2).abs().amax(dim=0)
-            maxima[norm] = torch.maximum(maxima[norm], largest) if norm in maxima else largest
+            most = x.detach().flatten(0, -2).abs().amax(dim=0)
+            maxima[norm] = torch.maximum(maxima[norm], most) if norm in maxima else most
 
         return take
 
     with _hooks(block, {}, {norm: hook(norm) for norm in norms}):
         stream.run(block, hidden, report, keep)
-    return maxima
+    return {norm: largest(found) for norm, found in maxima.items()}
+
+
+def own_panels(width: int) -> list[slice]:
+    """Rows of a Hessian that this process makes."""
+    state = processes()
+    return panels(width)[state.process_index :: state.num_processes]
 
 
 def group_hessians(
@@ -92,30 +99,51 @@ def group_hessians(
     seen: Counter[InputGroup] = Counter()
     groups = family.groups_of(block)
     hidden = stream.inputs[:at_most]
-    samples = len(hidden)
+    samples = min(stream.windows, at_most or stream.windows)
+    waiting: dict[InputGroup, Tensor] = {}
+
+    def add(group: InputGroup, x: Tensor) -> None:
+        if group not in hessians:
+            hessians[group] = new_hessian(x.shape[-1], x.device)
+        with torch.autocast(x.device.type, enabled=False):
+            accumulate(hessians[group], x, samples, own_panels(x.shape[-1]))
+        seen[group] += x.numel() // x.shape[-1]
 
     def hook(group: InputGroup, linear: str) -> Callable[[Tensor], Tensor]:
         def take(x: Tensor) -> Tensor:
             x = quantize_activations(x, settings.act_bits, settings.resolved_scope)
             if linear == group.linears[0]:
-                if group not in hessians:
-                    hessians[group] = new_hessian(x.shape[-1], x.device)
-                with torch.autocast(x.device.type, enabled=False):
-                    accumulate(hessians[group], x, samples)
-                seen[group] += x.numel() // x.shape[-1]
+                if alone:
+                    add(group, x)
+                else:
+                    waiting[group] = x.flatten(0, -2).contiguous()
             if family.ordered and linear == groups[-1].linears[-1]:
                 raise StopBlock  # its product, a quarter of a LLaMA block, is not needed
             return x
 
         return take
 
+    def exchange() -> None:
+        """Add the inputs of all processes, in the order of one that has them all, to own rows of each Hessian."""
+        for group in () if alone else groups:
+            linear: Any = block.get_submodule(group.linears[0])
+            own = waiting.pop(group, stream.inputs.new_empty(0, linear.in_features, device=stream.device))
+            for x in each_in_turn(own):
+                if len(x):
+                    add(group, x)
+
     hooks = {linear: hook(group, linear) for group in groups for linear in group.linears}
     outputs = {
         linear: lambda y: quantize_activations(y, settings.act_bits, settings.resolved_scope)
         for linear in family.rounded_outputs
     }
+    alone = processes().num_processes == 1
     with _hooks(block, hooks, outputs):
-        stream.run(block, hidden, report, keep=False)
+        stream.run(block, hidden, report, keep=False, after=exchange)
+    for hessian in () if alone else hessians.values():
+        for index, rows in enumerate(panels(len(hessian))):
+            sent([hessian[rows]], index % processes().num_processes)
+            mirror(hessian, rows)
     for group, hessian in hessians.items():
         if not bool(hessian.isfinite().all()):
             raise BellbitError(

@@ -76,6 +76,8 @@ HELD_BACK = 16  # one piece of so many, at least one, is kept to stop by
 # In the setting of PIECE: .476 with .015 and .05, .479 with .02 and .03, .496 with .03 and .03, .530 with .02 and .01.
 # At two bits, one epoch: .251 with .005 and .02, .282 with .005 and .01 and with .01 and .02, .298 with .02 and .03.
 SIGN_RATES, FINER_RATES = Rates(latents=0.02, relative=0.03), Rates(latents=0.005, relative=0.02)
+TRAINING_BYTES = 20  # for a weight in training: latent, gradient, two averages and the best so far, float32 each
+WEIGHT_SECONDS = 6.5e-9 / PIECE  # for a weight and a token, besides products: of Adam, clipping, straight-through
 HESSIAN_PIECES = 128  # at most; what training starts from need not know all
 DISTILL_RELATIVE = 0.01  # in that setting 1.943 on unseen wiki-sample, 2.115 with .02
 

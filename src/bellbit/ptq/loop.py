@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from bellbit.core.activations import windows_at_once
-from bellbit.core.hessian import InverseFactor, inverse_factor, unknown_factor
+from bellbit.core.hessian import inverse_factor, unknown_factor
 from bellbit.core.ltdb import SMALLEST_SCALE, learn_column_scales
 from bellbit.errors import BellbitError
 from bellbit.packed.linear import PackedLinear, packed_linears
 from bellbit.packed.tensor import PackedTensor
+from bellbit.processes import owners, processes, sent, told
 from bellbit.ptq.blocks import Blocks
 from bellbit.ptq.collect import group_hessians, input_maxima
 from bellbit.ptq.families import Family, InputGroup, by_norm, fold_column_scales
@@ -28,6 +29,7 @@ from bellbit.ptq.stream import BlockStream
 
 Progress = Callable[[float, str], None]  # share done (0 … 1), what is being done
 
+BROKEN, UNSEEN = "broken", "unseen"  # why a linear is rounded plainly: its Hessian, or too few tokens for one
 FALLBACK_LIMIT = 0.05  # share of linears with Hessians beyond repair above which a run is given up
 
 # Where a block's time goes, measured on the demo model; only the progress bar depends on it.
@@ -122,7 +124,8 @@ def quantize_model(
 
     settings: resolved for the family. windows: token ids (samples, length); None if the method needs no text.
     saved: keeps every block; one that it has is put back, and only run to go on with the chains. An observer is told
-    of its errors, no more. most_fallbacks: see `Run.check`. offload: folder for hidden states. log: told of each block.
+    of its errors, no more. most_fallbacks: see `Run.check`. Of several processes each has a share of the windows and of
+    the linears, and all end with the same. offload: folder for hidden states. log: told of each block.
     """
     run = Run()
     method, family, every = METHODS[settings.method], blocks.family, blocks.all
@@ -154,8 +157,7 @@ def quantize_model(
                 if full_precision is not None:
                     _fold(block, records, stream, full_precision, family, settings, steps, own, keep=not last)
                 hessians = group_hessians(stream, block, family, settings, name, steps.part("hessians"))
-            for record in records:
-                _quantize_group(block, record, hessians.pop(record.group, None), family, settings, own)
+            _quantize_groups(block, records, hessians, family, settings, own)
             saved.keep(name, block.state_dict(), **asdict(own), layers=layers_of(block))
         run.add(name, own)
         log(name, own)
@@ -208,7 +210,7 @@ def _fold(
     behind = by_norm(record.group for record in records)
     maxima = input_maxima(stream, block, behind, full_precision, steps.part("maxima"), keep)
     with _timed(run):
-        scales = {key: _column_scales(block, behind[key], maxima[key], settings) for key in behind}
+        scales = _shared_column_scales(block, behind, maxima, settings)
         for key, groups in behind.items():
             fold_column_scales(block, groups, scales[key], family.norm_offset)
     for record in records:
@@ -262,22 +264,75 @@ def _column_scales(block: nn.Module, groups: list[InputGroup], act_absmax: Tenso
     return torch.where(scales.abs() < SMALLEST_SCALE, SMALLEST_SCALE, scales)
 
 
-def _quantize_group(
-    block: nn.Module, record: GroupRecord, hessian: Tensor | None, family: Family, settings: Settings, run: Run
+def _shared_column_scales(
+    block: nn.Module, behind: dict[str, list[InputGroup]], maxima: dict[str, Tensor], settings: Settings
+) -> dict[str, Tensor]:
+    """T by norm; of several processes, each finds some."""
+    weights = {norm: [x for group in groups for x in group.linears] for norm, groups in behind.items()}
+    owner = owners({norm: float(sum(weight_of(block, x).numel() for x in weights[norm])) for norm in behind})
+    found = {}
+    for norm, groups in behind.items():
+        mine = owner[norm] == processes().process_index
+        found[norm] = _column_scales(block, groups, maxima[norm], settings) if mine else maxima[norm].float()
+    for norm, scales in found.items():
+        sent([scales], owner[norm])
+    return found
+
+
+def _quantize_groups(
+    block: nn.Module,
+    records: list[GroupRecord],
+    hessians: dict[InputGroup, Tensor],
+    family: Family,
+    settings: Settings,
+    run: Run,
 ) -> None:
-    """Pack the linears of one group and put them into the block."""
-    factor: InverseFactor | None = None
+    """Pack the linears of a block and put them into it; of several processes, each packs some and has the others'."""
+    weights = {linear: weight_of(block, linear) for record in records for linear in record.group.linears}
+    owner = owners({linear: float(weight.numel() * weight.shape[1]) for linear, weight in weights.items()})
+    device = next(iter(weights.values())).device
+    del weights
+    words: dict[str, dict[str, Any]] = {}
+    for record in records:
+        mine = [linear for linear in record.group.linears if owner[linear] == processes().process_index]
+        words |= _quantize_linears(block, mine, hessians.pop(record.group, None), family, settings, run)
+    for record in records:
+        fell_back = None
+        for linear in record.group.linears:
+            old: Any = block.get_submodule(linear)
+            word = told(words.get(linear), owner[linear], device)
+            if linear not in words:
+                block.set_submodule(linear, PackedLinear(**word["layer"], bias=old.bias, device=device))
+            layer: Any = block.get_submodule(linear)
+            packed = layer.packed
+            sent(list(packed.tensors.values()), owner[linear])
+            record.packed[linear], record.errors[linear] = packed, word["error"]
+            run.errors[linear], run.seconds[linear] = word["error"], word["seconds"]
+            run.bits[linear], run.nominal[linear] = packed.bits_per_weight, packed.nominal_bits
+            fell_back = word["fallback"]
+        if fell_back is not None:
+            run.fall_back(record.group.linears, broken=fell_back == BROKEN)
+
+
+def _quantize_linears(
+    block: nn.Module, linears: list[str], hessian: Tensor | None, family: Family, settings: Settings, run: Run
+) -> dict[str, dict[str, Any]]:
+    """Pack linears of one group and put them into the block. Returns what is to be said of each, as JSON has it."""
+    words: dict[str, dict[str, Any]] = {}
+    if not linears:
+        return words
+    factor, fallback = None, None
     with _timed(run):
         if METHODS[settings.method].calibrates:
-            first = weight_of(block, record.group.linears[0])
+            first = weight_of(block, linears[0])
             factor = unknown_factor(first.shape[1], first.device) if hessian is None else inverse_factor(hessian)
-        for linear in record.group.linears:
+            if factor.damping is None:
+                fallback = UNSEEN if hessian is None else BROKEN
+        for linear in linears:
             started = time.perf_counter()
             old: Any = block.get_submodule(linear)
             weight = old.weight.detach().float()
             packed = METHODS[settings.method].quantize(weight, factor, settings)
-            record.packed[linear] = packed
-            record.errors[linear] = run.errors[linear] = relative_error(weight, packed.dequantize(), hessian)
             layer = PackedLinear.holding(
                 packed,
                 bias=None if old.bias is None else old.bias.detach(),
@@ -286,10 +341,13 @@ def _quantize_group(
                 round_output=settings.act_bits < 16 and linear in family.rounded_outputs,
             )
             block.set_submodule(linear, layer)
-            run.bits[linear], run.nominal[linear] = packed.bits_per_weight, packed.nominal_bits
-            run.seconds[linear] = time.perf_counter() - started
-    if factor is not None and factor.damping is None:
-        run.fall_back(record.group.linears, broken=hessian is not None)
+            words[linear] = {
+                "layer": layers_of(block)[linear],
+                "error": relative_error(weight, packed.dequantize(), hessian),
+                "fallback": fallback,
+                "seconds": time.perf_counter() - started,
+            }
+    return words
 
 
 def relative_error(weight: Tensor, quantized: Tensor, hessian: Tensor | None) -> float:

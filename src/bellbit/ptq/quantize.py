@@ -6,6 +6,7 @@ import gc
 import hashlib
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -32,6 +33,7 @@ from bellbit.loading import (
 from bellbit.memory import memory_told, release_memory
 from bellbit.packed.linears import unfuse
 from bellbit.packed.save import check_output, quantization_config, round_unquantized, save_checkpoint
+from bellbit.processes import processes
 from bellbit.ptq.attention import fast_attention
 from bellbit.ptq.blocks import Blocks, BlocksFromFiles, KeptBlocks, check_finite, skeleton
 from bellbit.ptq.discover import discover
@@ -101,7 +103,8 @@ def quantize(
     resume: go on with a run that was cut off; what it has done lies in OUT.partial.
     allow_unknown: quantize an architecture that is no `Family`, without folding. allow_fallbacks: round linears plainly
     whose Hessian is beyond repair, however many they are; else at most 5 %.
-    offload: hidden states lie in files beside OUT, not in memory.
+    offload: hidden states lie in files beside OUT, not in memory. Of several processes, started by torchrun, each takes
+    a share of the windows and of the linears.
     dtype: to compute in; `auto` is float32 on a CPU, else the model's own. options: fields of `Settings`.
     Raises BellbitError for anything the user can mend; nothing is written then.
     """
@@ -111,6 +114,11 @@ def quantize(
         raise BellbitError(f"--samples {samples} is not possible; allowed: 1 and more")
     target = check_output(out, overwrite, str(model))
     device, dtype = resolve_device(device, dtype)
+    team = processes()
+    if team.num_processes > 1:
+        if METHODS[method].climbs:
+            raise BellbitError(f"the method {method} trains each block in one process; start it without torchrun")
+        device = str(team.device) if device == "cuda" else device
 
     progress(0, "opening the model")
     location = locate(str(model))
@@ -139,7 +147,8 @@ def quantize(
             return found
 
         # where windows are held back from training, none may overlap
-        windows = _calibration(counts, tokenizer, seq_len, seed, METHODS[method].climbs, writer, written)
+        with team.main_process_first():  # the others read what it has cached
+            windows = _calibration(counts, tokenizer, seq_len, seed, METHODS[method].climbs, writer, written)
         calibration = {"source": calib, "samples": samples, "own": own, "seq_len": seq_len, "seed": seed}
         calibration["sha256"] = hashlib.sha256(windows.numpy().tobytes()).hexdigest()
     versions = {"bellbit": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
@@ -155,7 +164,7 @@ def quantize(
 
     most = math.inf if allow_fallbacks else FALLBACK_LIMIT * len(shapes)
     spilled = partial if offload else None
-    log = _Log(partial / LOG)
+    log = _Log(partial / LOG if team.is_main_process else Path(os.devnull))
     latest = ""
 
     def advance(share: float, text: str) -> None:
@@ -178,9 +187,11 @@ def quantize(
     probe = torch.arange(min(PROBE_TOKENS, config.vocab_size)) if windows is None else windows[0, :PROBE_TOKENS]
 
     kept = KeptBlocks(blocks, saved)
-    save_checkpoint(network, tokenizer, described, target, overwrite, probe, kept.tensor, kept.running)
-    log.file.replace(target.with_name(f"{target.name}.{LOG}"))
-    saved.remove()
+    if team.is_main_process:
+        save_checkpoint(network, tokenizer, described, target, overwrite, probe, kept.tensor, kept.running)
+        log.file.replace(target.with_name(f"{target.name}.{LOG}"))
+        saved.remove()
+    team.wait_for_everyone()
     progress(1, "done")
 
     def mean(values: dict[str, float]) -> float:
@@ -233,7 +244,7 @@ def _open(
         bare = skeleton(config)
         unfuse(bare)
         shapes = {name: weight_of(bare, name).shape for name in linear_names(bare, family)}
-        if not _whole(location, settings, shapes):
+        if not reads_whole(location, settings, shapes):
             apart = BlocksFromFiles(location, dtype, config, family)
             return apart, shapes, apart.fingerprint()
     network = load_model(location, dtype, config)
@@ -246,7 +257,7 @@ def _open(
     return Blocks(network, family), shapes, fingerprint(network)
 
 
-def _whole(location: Location, settings: Settings, shapes: Mapping[str, Sequence[int]]) -> bool:
+def reads_whole(location: Location, settings: Settings, shapes: Mapping[str, Sequence[int]]) -> bool:
     """Whether a model cannot be read block by block."""
     return location.gguf is not None or (METHODS[settings.method].climbs and takes_whole(settings, shapes))
 

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from bellbit.errors import BellbitError, disk_reason
+from bellbit.processes import processes
 
 HASHED = 4096  # values of each tensor
 _FINGERPRINT, _NOTES, _SECONDS = "run.json", "notes", "seconds"
@@ -32,7 +33,8 @@ def fingerprint(model: nn.Module) -> str:
 class Saved:
     """Named steps of a run, each a set of tensors and some notes, in a folder of their own.
 
-    A step is there whole or not at all. Without a folder nothing is kept.
+    A step is there whole or not at all. Without a folder nothing is kept. Of several processes the first one writes,
+    and the others wait for it.
     seconds: that earlier runs took for what they kept; 0 in the first.
     """
 
@@ -51,6 +53,10 @@ class Saved:
         if folder is None:
             return
         wanted = json.loads(json.dumps(dict(fingerprint)))
+        with processes().main_process_first():
+            self._open(folder, wanted, resume or not processes().is_main_process, overwrite)
+
+    def _open(self, folder: Path, wanted: dict[str, Any], resume: bool, overwrite: bool) -> None:
         file = folder / _FINGERPRINT
         if file.exists() and resume:
             before = json.loads(file.read_text(encoding="utf-8"))
@@ -83,15 +89,18 @@ class Saved:
 
     def keep(self, step: str, tensors: Mapping[str, Tensor], **notes: Any) -> None:
         """Keep a step, in the place of an earlier one of that name."""
-        if self.folder is None:
-            return
-        file = self.folder / f"{step}.safetensors"
+        if self.folder is not None and processes().is_main_process:
+            self._write(self.folder, step, tensors, notes)
+        processes().wait_for_everyone()
+
+    def _write(self, folder: Path, step: str, tensors: Mapping[str, Tensor], notes: dict[str, Any]) -> None:
+        file = folder / f"{step}.safetensors"
         partial = file.with_suffix(".partial")
         contents = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         try:
             save_file(contents, partial, metadata={_NOTES: json.dumps(notes)})
             partial.replace(file)
-            (self.folder / _SECONDS).write_text(f"{self.seconds + time.perf_counter() - self._started:.1f}\n")
+            (folder / _SECONDS).write_text(f"{self.seconds + time.perf_counter() - self._started:.1f}\n")
         except (OSError, SafetensorError) as error:
             raise BellbitError(f"{disk_reason(error)} while writing {file}; --resume goes on from there") from error
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
+
+from bellbit.errors import BellbitError
+from bellbit.processes import dealt, processes
 
 
 class StopBlock(Exception):
@@ -39,7 +42,7 @@ def hidden_states(shape: Sequence[int], dtype: torch.dtype, file: Path | None) -
     """Room for hidden states: in memory, or in a file that the system holds as much of in memory as it likes."""
     if file is None:
         return torch.empty(*shape, dtype=dtype)
-    return torch.from_file(str(file), shared=True, size=prod(shape), dtype=dtype).view(*shape)
+    return torch.from_file(str(file), shared=True, size=math.prod(shape), dtype=dtype).view(*shape)
 
 
 class BlockStream:
@@ -69,9 +72,18 @@ class BlockStream:
         self.device, self.batch_size, self.bf16, self._folder = torch.device(device), batch_size, bf16, folder
         self.arguments: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
         self.runs: dict[nn.Module, int] = dict.fromkeys(blocks, 0)
-        self.inputs = self._embed(model, blocks, windows)
+        self._embed(model, blocks, windows[:1])
         if not all(_broadcasts(t) for call in self.arguments.values() for t in tree_leaves(call)):
             self.batch_size = 1
+        self.windows = len(windows)
+        self.batches = math.ceil(len(windows) / (self.batch_size * processes().num_processes))
+        own = dealt(len(windows), self.batch_size)
+        if not own:
+            raise BellbitError(
+                f"{len(windows)} windows are fewer batches of {self.batch_size} than there are processes; give more "
+                "--samples, or start fewer"
+            )
+        self.inputs = self._embed(model, blocks, windows[own])
 
     @torch.no_grad()
     def _embed(self, model: Any, blocks: list[nn.Module], windows: Tensor) -> Tensor:
@@ -98,7 +110,7 @@ class BlockStream:
         return inputs
 
     def _file(self, name: str) -> Path | None:
-        return None if self._folder is None else self._folder / f"{name}.hidden"
+        return None if self._folder is None else self._folder / f"{name}-{processes().process_index}.hidden"
 
     def targets(self) -> Tensor:
         """A copy of the inputs of the first block, for a chain of its own."""
@@ -117,11 +129,18 @@ class BlockStream:
         return call
 
     @torch.no_grad()
-    def run(self, block: nn.Module, hidden: Tensor, report: Callable[[float], None], keep: bool = True) -> None:
+    def run(
+        self,
+        block: nn.Module,
+        hidden: Tensor,
+        report: Callable[[float], None],
+        keep: bool = True,
+        after: Callable[[], None] = lambda: None,
+    ) -> None:
         """Run `block` over all windows of `hidden` (samples, length, width); with `keep`, in place.
 
         report: told the share of windows done. keep: False when only the hooks on the block's modules matter, which
-        may then raise StopBlock.
+        may then raise StopBlock. after: called after each batch, in every process as often.
         """
         self.runs[block] += 1
         call = self.caller(block)
@@ -132,4 +151,7 @@ class BlockStream:
             if keep:
                 batch.copy_(output)
             done += len(batch)
+            after()
             report(done / len(hidden))
+        for _ in range(self.batches - math.ceil(len(hidden) / self.batch_size)):
+            after()

@@ -5,18 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import asdict, dataclass, fields
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import PartialState
-
 from bellbit.errors import BellbitError, first_line
+from bellbit.processes import processes
 from bellbit.qat.presets import preset as find_preset
 from bellbit.quantizers import parse
 
-WAIT = timedelta(hours=2)  # of the other processes while the first one tokenizes the text
 MAY_CHANGE = ("log_every", "save_every", "report_to")  # between a run and its resumption
 
 
@@ -171,8 +167,3 @@ def count(text: str) -> int:
         return round(float(text if factor == 1 else text[:-1]) * factor)
     except ValueError:
         raise BellbitError(f"--tokens {text!r} is no number; give 2000000, 2M or 3B") from None
-
-
-def processes() -> Any:
-    """accelerate's view of the processes that torchrun has started; gloo joins them where there is no GPU."""
-    return PartialState(cpu=not torch.cuda.is_available(), timeout=WAIT)

@@ -21,10 +21,11 @@ from bellbit.loading import check_length, quiet
 from bellbit.packed.linear import packed_linears
 from bellbit.packed.save import check_output, quantization_config, round_unquantized, save_checkpoint
 from bellbit.packed.tensor import mean_over_weights
+from bellbit.processes import processes
 from bellbit.ptq.loop import Progress
 from bellbit.qat.layers import QuantLinear, code_entropy, convert, prepare
 from bellbit.qat.presets import preset as find_preset
-from bellbit.qat.settings import Resolved, Settings, check_tracker, keep, processes, resolve
+from bellbit.qat.settings import Resolved, Settings, check_tracker, keep, resolve
 from bellbit.qat.text import text_of_run
 
 WARM_UP, START, END = 0.1, 0.01, 0.1  # share of steps; learning rate at the first and the last step, of the largest

@@ -1,0 +1,126 @@
+"""Time and memory for every decoder block of a model with LLaMA-2-7B's shapes and random weights.
+
+The checkpoint is made shard by shard, quantized in a process of its own, and removed. Linux only: the peak of every
+block is taken by setting back the kernel's own count.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from transformers import LlamaConfig
+
+from bellbit.ptq.blocks import skeleton
+from common import note, parser, row, show
+from conftest import byte_tokenizer
+
+SAMPLES, SEQ_LEN = 16, 512
+CONFIG = {  # meta-llama/Llama-2-7b-hf
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "vocab_size": 32000,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+    "dtype": "bfloat16",
+}
+BAR, GROWTH = 6.0, 0.01  # GiB; GiB a block
+
+CHILD = """
+import json, sys, time
+import bellbit
+marks, last = [], [None]
+def peak():
+    line = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+    open("/proc/self/clear_refs", "w").write("5")
+    return int(line.split()[1]) * 1024
+def progress(share, text):
+    stage = text.partition(":")[0]
+    if stage != last[0]:
+        last[0] = stage
+        marks.append((stage, time.perf_counter(), peak()))
+        print(stage, round(marks[-1][2] / 2**30, 3), file=sys.stderr, flush=True)
+told = json.loads(sys.argv[1])
+report = bellbit.quantize(progress=progress, **told)
+progress(1, "end")
+print(json.dumps({"marks": marks, "bits": report.bits_per_weight, "bytes": report.checkpoint_bytes}))
+"""
+
+
+def make(folder, blocks):
+    """A checkpoint of random bfloat16 weights, one file for each block."""
+    config = LlamaConfig(**CONFIG, num_hidden_layers=blocks)
+    torch.manual_seed(0)
+    shards = {}
+    for name, parameter in skeleton(config, torch.bfloat16).named_parameters():
+        part = name.split(".")[2] if ".layers." in name else "outside"
+        shards.setdefault(part, []).append((name, parameter.shape))
+    placed = {}
+    for part, tensors in shards.items():
+        file = f"model-{part}.safetensors"
+        made = {}
+        for name, shape in tensors:
+            noise = torch.randn(shape, dtype=torch.bfloat16)
+            made[name] = 1 + 0.1 * noise if len(shape) == 1 else 0.02 * noise
+            placed[name] = file
+        save_file(made, folder / file, metadata={"format": "pt"})
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": placed}))
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+
+
+def measure(blocks, told):
+    with tempfile.TemporaryDirectory() as folder:
+        model = Path(folder) / "model"
+        model.mkdir()
+        make(model, blocks)
+        told = json.dumps({"model": str(model), "out": f"{folder}/out", **told})
+        done = subprocess.run([sys.executable, "-c", CHILD, told], stdout=subprocess.PIPE, text=True, check=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    stages = {}
+    for (stage, start, _), (_, stop, peak) in zip(found["marks"], found["marks"][1:], strict=False):
+        stages[stage] = {"seconds": round(stop - start, 1), "peak_gib": round(peak / 2**30, 3)}
+    return {"stages": stages, "bits_per_weight": found["bits"], "checkpoint_bytes": found["bytes"]}
+
+
+def main():
+    arguments = parser(__doc__)
+    arguments.add_argument("--blocks", type=int, default=4)
+    arguments.add_argument("--method", default="dbellquant")
+    arguments.add_argument("--samples", type=int, default=SAMPLES)
+    arguments.add_argument("--seq-len", type=int, default=SEQ_LEN)
+    arguments.add_argument("--offload", action="store_true")
+    arguments.add_argument("--ltdb-steps", type=int, default=20, help="of 200; only time depends on it")
+    arguments.add_argument("--results", type=Path, default=Path("benchmarks/results/scaling.json"))
+    arguments = arguments.parse_args()
+    told = {name: getattr(arguments, name) for name in ("method", "samples", "seq_len", "offload", "ltdb_steps")}
+    found = measure(arguments.blocks, told)
+    known = json.loads(arguments.results.read_text()) if arguments.results.exists() else {}
+    known[f"{arguments.blocks} blocks, " + ", ".join(f"{name} {value}" for name, value in told.items())] = found
+    arguments.results.parent.mkdir(parents=True, exist_ok=True)
+    arguments.results.write_text(json.dumps(known, indent=2) + "\n")
+    for stage, numbers in found["stages"].items():
+        note(f"{stage}: {numbers['seconds']} s, at most {numbers['peak_gib']} GiB")
+    blocks = [numbers for stage, numbers in found["stages"].items() if stage.startswith("block ")]
+    peaks = [numbers["peak_gib"] for numbers in blocks[1:]]
+    seconds = [numbers["seconds"] for numbers in blocks[1:]]
+    growth = (peaks[-1] - peaks[0]) / max(1, len(peaks) - 1)
+    show(
+        [
+            row("peak, GiB", max(s["peak_gib"] for s in found["stages"].values()), BAR, at_most=True),
+            row("growth from block 2 on, GiB a block", growth, GROWTH, at_most=True),
+            row("slowest block over fastest, from block 2 on", max(seconds) / min(seconds), 1.2, at_most=True),
+        ],
+        arguments.json,
+    )
+
+
+if __name__ == "__main__":
+    main()
