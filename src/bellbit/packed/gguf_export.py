@@ -260,7 +260,8 @@ def _add_tokenizer(writer: Any, tokenizer: Any, folder: Path, vocabulary: int) -
     writer.add_token_list([token.encode() for token in tokens])
     writer.add_token_types(kinds)
     for kind_name in ("bos", "eos", "unk", "pad"):
-        if (special := getattr(tokenizer, f"{kind_name}_token_id", None)) is not None:
+        special = getattr(tokenizer, f"{kind_name}_token_id", None)
+        if special is not None and special < vocabulary:  # a tokenizer may know more tokens than the model
             getattr(writer, f"add_{kind_name}_token_id")(special)
     starts = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
     writer.add_add_bos_token(bool(starts))
