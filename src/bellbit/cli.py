@@ -234,6 +234,8 @@ def quantize(
     if result.fallbacks:
         rows.append(["rounded plainly: Hessian beyond repair, or too few tokens", str(len(result.fallbacks))])
     out_console.print(report.table(f"{result.out}", ["", method], rows))
+    if result.remark:
+        _say(f"Note: {result.remark}.")
     for path in drawn:
         _say(f"drawn: {path}")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 
 from bellbit.core.activations import windows_at_once
+from bellbit.core.grid import GROUP
 from bellbit.core.hessian import accumulate, inverse_factor, new_hessian
 from bellbit.core.ltdb import learn_column_scales
 from bellbit.errors import BellbitError
@@ -18,6 +20,7 @@ from bellbit.loading import DTYPES, load_config, locate, quantized_by, resolve_d
 from bellbit.memory import peak_memory
 from bellbit.packed.linears import unfuse
 from bellbit.ptq.blocks import skeleton
+from bellbit.ptq.budget import allocate, stored_bits
 from bellbit.ptq.families import family_of, linear_names
 from bellbit.ptq.ladder import EFFORTS, TRAINING_BYTES, WEIGHT_SECONDS, bf16_pays, own_windows
 from bellbit.ptq.loop import weight_of
@@ -102,7 +105,7 @@ def plan(
     if METHODS[method].climbs:
         stages["training"] = TRAINING_BYTES * (weights if whole else inside) + stages.pop("activations of a batch")
     worst = max(stages, key=lambda name: stages[name])
-    bits, trial = _trial(shapes, settings)
+    bits, trial = _trials(shapes, settings)
     speed = _speed(bf16_pays(device) and METHODS[method].climbs, device)
     rest = parameters - weights
     output = int(weights * bits / 8 + rest * 2)
@@ -135,13 +138,31 @@ def _speed(bf16: bool, device: str) -> float:
     return 2 * TRIAL_PRODUCT**3 / (time.perf_counter() - started)
 
 
-def _trial(shapes: Mapping[str, Sequence[int]], settings: Settings) -> tuple[float, float]:
-    """Stored bits per weight of the whole, and seconds a weight of the method itself, from one small weight."""
-    rows, columns = max(shapes.values(), key=math.prod)
-    rows, columns = min(rows, TRIAL_ROWS), min(columns, TRIAL_COLUMNS)
+def _trials(shapes: Mapping[str, Sequence[int]], settings: Settings) -> tuple[float, float]:
+    """Stored bits per weight, and seconds of the method itself, from one smaller weight for each shape."""
+    sizes = Counter(tuple(shape) for shape in shapes.values())
+    bits, seconds = 0.0, 0.0
+    for shape, count in sizes.items():
+        weights = count * math.prod(shape)
+        stored, each = _trial(shape, settings)
+        bits += stored * weights
+        seconds += each * weights
+    whole = sum(map(math.prod, shapes.values()))
+    if METHODS[settings.method].climbs:
+        widths = allocate(shapes, dict.fromkeys(shapes, 0.0), settings.bpw)
+        bits = sum(stored_bits(shape[1], widths[name]) * math.prod(shape) for name, shape in shapes.items())
+    return bits / whole, seconds
+
+
+def _trial(shape: tuple[int, ...], settings: Settings) -> tuple[float, float]:
+    """Stored bits and seconds for a weight of that shape, from one with as many rows and columns as are quick."""
+    rows, columns = min(shape[0], TRIAL_ROWS), shape[1]
+    if columns > TRIAL_COLUMNS:
+        columns = TRIAL_COLUMNS + columns % GROUP  # with a short last group, if there is one
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(rows, columns, generator=generator)
     inputs = torch.randn(2 * columns, columns, generator=generator)
+    inputs *= torch.randn(columns, generator=generator).exp()  # as in a model some channels are much larger
     hessian = new_hessian(columns)
     accumulate(hessian, inputs, 1)
     factor = inverse_factor(hessian)
@@ -163,7 +184,7 @@ def _seconds(
     speed: float,
     trial: float,
 ) -> dict[str, float]:
-    """By what takes them. hessians: their widths, of all blocks. trial: seconds a weight of the method itself.
+    """By what takes them. hessians: their widths, of all blocks. trial: seconds of the method itself.
 
     speed: operations a second.
     """
@@ -171,7 +192,7 @@ def _seconds(
     found = {"forward passes": 2 * weights * tokens * (chains + 1) / speed}
     if METHODS[settings.method].calibrates:
         found["Hessians"] = sum(tokens * width**2 + 4 / 3 * width**3 for width in hessians) / speed
-    found[settings.method] = weights * trial + sum(rows * w**2 for rows, w in shapes.values()) / speed
+    found[settings.method] = trial + sum(rows * w**2 for rows, w in shapes.values()) / speed
     if METHODS[settings.method].climbs:
         effort = EFFORTS[settings.effort]
         seen = tokens * (

@@ -1,6 +1,8 @@
 """Models that are read block by block."""
 
+import errno
 import json
+import os
 
 import pytest
 import torch
@@ -133,3 +135,24 @@ def test_a_missing_weight_is_named(tiny_model, tmp_path):
     blocks.take_up(0)
     with pytest.raises(BellbitError, match=r"lacks the tensor 'model\.layers\.1\.mlp\.up_proj\.weight'"):
         blocks.take_up(1)
+
+
+def test_a_folder_that_cannot_be_made_is_said(tiny_model):
+    with pytest.raises(BellbitError, match=r"/proc/bellbit/out.* cannot be made"):
+        bellbit.quantize(tiny_model("llama"), "/proc/bellbit/out", "sign")
+
+
+def test_hidden_states_that_the_disk_has_no_room_for_are_said(tiny_model, english, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
+    with pytest.raises(BellbitError, match=r"no space left for hidden states of .*; free some and --resume, or leave"):
+        bellbit.quantize(tiny_model("llama"), tmp_path / "out", "gptq", calib=str(english), offload=True, **TEXT)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_a_family_has_no_place_for_is_said(tiny_model, english, tmp_path):
+    told = bellbit.quantize(tiny_model("olmo2"), tmp_path / "a", calib=str(english), ltdb_steps=2, **TEXT).remark
+    assert "no norm feeds a linear" in told
+    assert bellbit.quantize(tiny_model("olmo2"), tmp_path / "b", "sign").remark == ""

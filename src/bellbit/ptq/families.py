@@ -41,6 +41,7 @@ class Family:
     learns_scales: whether DBellQuant learns T here or only smooths (T = T⁰), as its reference does for OPT.
     act_scope, rounded_outputs: the reference's rule for quantized activations.
     norm_offset: norms multiply by offset + weight. ordered: whether the last linear of the last group runs last.
+    remark: what a user who asks for column scales should know.
     """
 
     blocks: str
@@ -51,6 +52,7 @@ class Family:
     rounded_outputs: tuple[str, ...] = ()
     norm_offset: float = 0.0
     ordered: bool = True
+    remark: str = ""
 
     def groups_of(self, block: nn.Module) -> list[InputGroup]:
         """The groups that a block has, one for each expert where they are named together."""
@@ -116,7 +118,12 @@ _GATED_CHAINS = (("self_attn.v_proj", "self_attn.o_proj"), ("mlp.up_proj", "mlp.
 
 _LLAMA = Family("model.layers", _gated("input_layernorm", "post_attention_layernorm"), _GATED_CHAINS)
 _GEMMA = Family("model.layers", _gated("input_layernorm", "pre_feedforward_layernorm"), _GATED_CHAINS, norm_offset=1.0)
-_POST_NORM = Family("model.layers", _gated(None, None), _GATED_CHAINS)
+_POST_NORM = Family(
+    "model.layers",
+    _gated(None, None),
+    _GATED_CHAINS,
+    remark="this model's norms stand after attention and MLP: no norm feeds a linear, and none takes column scales",
+)
 _OPT = Family(
     blocks="model.decoder.layers",
     groups=(

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bellbit import __version__
 from bellbit.data import calibration_windows, interleave, load_corpus, shares
-from bellbit.errors import BellbitError
+from bellbit.errors import BellbitError, disk_reason
 from bellbit.loading import (
     Location,
     load_config,
@@ -55,6 +55,7 @@ class Report:
     bits_per_weight: stored bits of the quantized weights, all scales and bitmaps counted. nominal_bits: as papers
     count. errors: relative output error by linear. fallbacks: linears rounded plainly, see `Run`.
     seconds: with those of the runs that it was resumed from. algorithm_seconds: outside the model's forward passes.
+    remark: what could not be done to a model of this family, if anything.
     """
 
     out: str
@@ -67,6 +68,7 @@ class Report:
     fallbacks: list[str]
     seconds: float
     algorithm_seconds: float
+    remark: str
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -210,6 +212,7 @@ def quantize(
         fallbacks=run.fallbacks,
         seconds=saved.seconds + time.perf_counter() - started,
         algorithm_seconds=run.algorithm_seconds,
+        remark=family.remark if settings.folds else "",
     )
 
 
@@ -280,5 +283,10 @@ class _Log:
             }
             for linear in run.errors
         ]
-        with self.file.open("a", encoding="utf-8") as stream:
-            stream.writelines(json.dumps(line) + "\n" for line in lines)
+        try:
+            with self.file.open("a", encoding="utf-8") as stream:
+                stream.writelines(json.dumps(line) + "\n" for line in lines)
+        except OSError as error:
+            raise BellbitError(
+                f"{disk_reason(error)} while writing {self.file}; --resume goes on from there"
+            ) from error

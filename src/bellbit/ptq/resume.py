@@ -72,8 +72,11 @@ class Saved:
         if not overwrite and any(folder.glob("*.safetensors")):
             raise BellbitError(f"{folder} holds an unfinished run: --resume goes on with it, --overwrite starts again")
         shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        file.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
+        try:
+            folder.mkdir(parents=True)
+            file.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise BellbitError(f"{folder} cannot be made: {disk_reason(error)}; give another OUT") from error
 
     def has(self, step: str) -> bool:
         """Whether a step was done."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from bellbit.errors import BellbitError
+from bellbit.errors import BellbitError, disk_reason
 from bellbit.processes import dealt, processes
 
 
@@ -42,7 +43,17 @@ def hidden_states(shape: Sequence[int], dtype: torch.dtype, file: Path | None) -
     """Room for hidden states: in memory, or in a file that the system holds as much of in memory as it likes."""
     if file is None:
         return torch.empty(*shape, dtype=dtype)
-    return torch.from_file(str(file), shared=True, size=math.prod(shape), dtype=dtype).view(*shape)
+    size = math.prod(shape)
+    try:
+        with file.open("wb") as stream:  # a disk that is found full only when a page is written ends the process
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(stream.fileno(), 0, max(1, size * dtype.itemsize))
+    except OSError as error:
+        raise BellbitError(
+            f"{disk_reason(error)} for hidden states of {size * dtype.itemsize / 1e9:.1f} GB in {file}; free some and "
+            "--resume, or leave out --offload"
+        ) from error
+    return torch.from_file(str(file), shared=True, size=size, dtype=dtype).view(*shape)
 
 
 class BlockStream:
