@@ -23,13 +23,13 @@ import bellbit.packed.hf, gguf, transformers.models.llama.modeling_llama
 base = peak()
 sizes = {}
 original = q.quantize_model
-def spy(model, family, settings, windows, *rest):
-    block = model.get_submodule(family.blocks)[0]
+def spy(blocks, settings, windows, *rest):
+    model, block = blocks.model, blocks.all[0]
     sizes["model"] = sum(p.nbytes for p in model.parameters())
     sizes["block"] = sum(p.nbytes for p in block.parameters())
     sizes["hidden"] = windows.numel() * model.config.hidden_size * 4
     sizes["opened"] = peak() - base
-    return original(model, family, settings, windows, *rest)
+    return original(blocks, settings, windows, *rest)
 q.quantize_model = spy
 bellbit.quantize(demo.MODEL, sys.argv[1], calib=demo.TEXT, samples=demo.SAMPLES, seq_len=demo.SEQ_LEN, ltdb_steps=5)
 print(json.dumps(sizes | {"peak": peak() - base}))

@@ -14,21 +14,18 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig
 
+from bellbit.planning import plan
 from bellbit.ptq.blocks import skeleton
 from common import note, parser, row, show
 from conftest import byte_tokenizer
 
 SAMPLES, SEQ_LEN = 16, 512
-CONFIG = {  # meta-llama/Llama-2-7b-hf
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 32,
-    "vocab_size": 32000,
-    "max_position_embeddings": 4096,
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": False,
-    "dtype": "bfloat16",
+COMMON = {"vocab_size": 32000, "max_position_embeddings": 4096, "tie_word_embeddings": False, "dtype": "bfloat16"}
+SHAPES = {  # hidden, inner, heads, of them for keys, blocks
+    "llama-2-7b": (4096, 11008, 32, 32, 32),
+    "llama-2-13b": (5120, 13824, 40, 40, 40),
+    "llama-2-70b": (8192, 28672, 64, 8, 80),
+    "tinyllama-1.1b": (2048, 5632, 32, 4, 22),
 }
 BAR, GROWTH = 6.0, 0.01  # GiB; GiB a block
 
@@ -53,9 +50,21 @@ print(json.dumps({"marks": marks, "bits": report.bits_per_weight, "bytes": repor
 """
 
 
-def make(folder, blocks):
+def config_of(shape, blocks=None):
+    hidden, inner, heads, keys, depth = SHAPES[shape]
+    return LlamaConfig(
+        **COMMON,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_attention_heads=heads,
+        num_key_value_heads=keys,
+        num_hidden_layers=blocks or depth,
+        architectures=["LlamaForCausalLM"],
+    )
+
+
+def make(folder, config):
     """A checkpoint of random bfloat16 weights, one file for each block."""
-    config = LlamaConfig(**CONFIG, num_hidden_layers=blocks)
     torch.manual_seed(0)
     shards = {}
     for name, parameter in skeleton(config, torch.bfloat16).named_parameters():
@@ -71,27 +80,35 @@ def make(folder, blocks):
             placed[name] = file
         save_file(made, folder / file, metadata={"format": "pt"})
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": placed}))
-    config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
 
 
-def measure(blocks, told):
+def measure(config, told):
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model"
         model.mkdir()
-        make(model, blocks)
-        told = json.dumps({"model": str(model), "out": f"{folder}/out", **told})
-        done = subprocess.run([sys.executable, "-c", CHILD, told], stdout=subprocess.PIPE, text=True, check=True)
+        make(model, config)
+        planned = plan(str(model), **told)
+        given = json.dumps({"model": str(model), "out": f"{folder}/out", **told})
+        done = subprocess.run([sys.executable, "-c", CHILD, given], stdout=subprocess.PIPE, text=True, check=True)
     found = json.loads(done.stdout.splitlines()[-1])
     stages = {}
     for (stage, start, _), (_, stop, peak) in zip(found["marks"], found["marks"][1:], strict=False):
         stages[stage] = {"seconds": round(stop - start, 1), "peak_gib": round(peak / 2**30, 3)}
-    return {"stages": stages, "bits_per_weight": found["bits"], "checkpoint_bytes": found["bytes"]}
+    return {
+        "stages": stages,
+        "bits_per_weight": found["bits"],
+        "checkpoint_bytes": found["bytes"],
+        "planned_gib": round(sum(planned.memory.values()) / 2**30, 3),
+        "planned_seconds": round(sum(planned.seconds.values())),
+        "planned_bytes": planned.output_bytes,
+    }
 
 
 def main():
     arguments = parser(__doc__)
+    arguments.add_argument("--shape", choices=SHAPES, default="llama-2-7b")
     arguments.add_argument("--blocks", type=int, default=4)
     arguments.add_argument("--method", default="dbellquant")
     arguments.add_argument("--samples", type=int, default=SAMPLES)
@@ -101,9 +118,10 @@ def main():
     arguments.add_argument("--results", type=Path, default=Path("benchmarks/results/scaling.json"))
     arguments = arguments.parse_args()
     told = {name: getattr(arguments, name) for name in ("method", "samples", "seq_len", "offload", "ltdb_steps")}
-    found = measure(arguments.blocks, told)
+    found = measure(config_of(arguments.shape, arguments.blocks), told)
     known = json.loads(arguments.results.read_text()) if arguments.results.exists() else {}
-    known[f"{arguments.blocks} blocks, " + ", ".join(f"{name} {value}" for name, value in told.items())] = found
+    case = {"shape": arguments.shape, "blocks": arguments.blocks, **told}
+    known[", ".join(f"{name} {value}" for name, value in case.items())] = found
     arguments.results.parent.mkdir(parents=True, exist_ok=True)
     arguments.results.write_text(json.dumps(known, indent=2) + "\n")
     for stage, numbers in found["stages"].items():
@@ -112,9 +130,14 @@ def main():
     peaks = [numbers["peak_gib"] for numbers in blocks[1:]]
     seconds = [numbers["seconds"] for numbers in blocks[1:]]
     growth = (peaks[-1] - peaks[0]) / max(1, len(peaks) - 1)
+    peak = max(stage["peak_gib"] for stage in found["stages"].values())
+    took = sum(stage["seconds"] for stage in found["stages"].values())
     show(
         [
-            row("peak, GiB", max(s["peak_gib"] for s in found["stages"].values()), BAR, at_most=True),
+            row("peak, GiB", peak, BAR, at_most=True),
+            row("peak / plan", peak / found["planned_gib"], None),
+            row("seconds / plan", took / found["planned_seconds"], None),
+            row("bytes / plan", found["checkpoint_bytes"] / found["planned_bytes"], None),
             row("growth from block 2 on, GiB a block", growth, GROWTH, at_most=True),
             row("slowest block over fastest, from block 2 on", max(seconds) / min(seconds), 1.2, at_most=True),
         ],

@@ -29,10 +29,9 @@ from bellbit.ptq.quantize import reads_whole
 
 TRIAL_ROWS, TRIAL_COLUMNS = 2048, 512  # of a weight that is quantized to see how long it takes and what it stores
 TRIAL_PRODUCT = 2048  # width of a product that is timed
-COPIES = 6  # of a weight in float32 that its quantization holds at most
-FACTORS = 3  # of a Hessian, beside it
+# In float32, held while the widest linear is quantized; by what a block of LLaMA-2-7B took, see docs/scaling.md.
+FACTORS, COPIES = 3, 4  # arrays of its Hessian's size, and of its own
 ACTIVATIONS = 3  # arrays of the widest inner size that a block's forward pass holds at once
-SAVED = 1e9  # bytes of a shard, held while it is written
 
 
 @dataclass(frozen=True)
@@ -97,13 +96,14 @@ def plan(
     held = sum(weight_of(largest, group.linears[0]).shape[1] ** 2 for group in family.groups_of(largest))
     at_once = min(samples, windows_at_once(length, settings.act_bits, settings.resolved_scope)) * length
     attention = config.num_attention_heads * length * at_once
+    forward = item * (ACTIVATIONS * widest * at_once + attention)
     stages = {
-        "activations of a batch": item * (ACTIVATIONS * widest * at_once + attention),
-        "Hessians and copies of a weight": 4 * (held + FACTORS * max(hessians) ** 2) * METHODS[method].calibrates
+        "activations of a batch, all Hessians": forward + 4 * held * METHODS[method].calibrates,
+        "the largest Hessian, copies of a weight": 4 * FACTORS * max(hessians) ** 2 * METHODS[method].calibrates
         + 4 * COPIES * max(map(math.prod, shapes.values())),
     }
     if METHODS[method].climbs:
-        stages["training"] = TRAINING_BYTES * (weights if whole else inside) + stages.pop("activations of a batch")
+        stages["training"] = TRAINING_BYTES * (weights if whole else inside) + forward
     worst = max(stages, key=lambda name: stages[name])
     bits, trial = _trials(shapes, settings)
     speed = _speed(bf16_pays(device) and METHODS[method].climbs, device)
