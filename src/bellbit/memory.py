@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 
@@ -17,10 +17,21 @@ def release_memory() -> None:
 
     Opening the demo model leaves 270 MB of them behind, half as much as the model itself. Takes some 10 ms.
     """
-    try:
+    with suppress(OSError, AttributeError, TypeError):  # no glibc: musl, macOS, Windows
         ctypes.CDLL(None).malloc_trim(0)
-    except (OSError, AttributeError, TypeError):  # no glibc: musl, macOS, Windows
-        return
+
+
+_M_MMAP_THRESHOLD, _MAPPED = -3, 8 * 2**20  # of malloc.h; bytes
+
+
+def map_large_arrays() -> None:
+    """From now on arrays of 8 MB and more go back to the system as they are freed, where the C library is glibc.
+
+    It would soon keep those of up to 32 MB, in a heap that what lives longer cuts to pieces: the peaks of TinyLlama's
+    blocks grew by 49 MB from one to the next, and by 0 to 2 with this.
+    """
+    with suppress(OSError, AttributeError, TypeError):  # no glibc
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _MAPPED)
 
 
 def peak_memory() -> int:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from bellbit.errors import BellbitError, first_line
 from bellbit.loading import DTYPES, Location, quiet
-from bellbit.memory import release_memory
+from bellbit.memory import map_large_arrays, release_memory
 from bellbit.packed.checkpoint import read_headers
 from bellbit.packed.linears import unfuse
 from bellbit.packed.save import round_unquantized
@@ -65,6 +65,7 @@ class BlocksFromFiles(Blocks):
         from transformers import GenerationConfig
         from transformers.conversion_mapping import get_model_conversion_mapping
 
+        map_large_arrays()
         self.location = location
         self.files = checkpoint_files(location)
         self.dtype = DTYPES.get(dtype) or getattr(config, "dtype", None) or torch.float32
