@@ -29,12 +29,9 @@ def each_in_turn(tensor: Tensor) -> Iterator[Tensor]:
     """This tensor of every process, first to last; they may differ in length, not in what they hold."""
     state = processes()
     for source in range(state.num_processes):
-        if state.num_processes == 1:
-            yield tensor
-            return
         rows = told(len(tensor), source, tensor.device)
         theirs = tensor if source == state.process_index else tensor.new_empty(rows, *tensor.shape[1:])
-        if rows:
+        if rows and state.num_processes > 1:
             distributed.broadcast(theirs, source)
         yield theirs
 
