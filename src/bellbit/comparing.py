@@ -26,7 +26,7 @@ from bellbit.memory import peak_memory
 from bellbit.ptq.distill import teacher_states
 from bellbit.ptq.ladder import own_windows
 from bellbit.ptq.methods import METHODS, Settings
-from bellbit.ptq.quantize import quantize
+from bellbit.ptq.quantize import log_file, quantize
 from bellbit.ptq.resume import Saved
 from bellbit.ptq.stream import acting
 
@@ -205,6 +205,7 @@ def measure(request: Request, spec: str, out: Path) -> Row:
         return Row(spec, bits, **found, seconds=seconds, peak_bytes=peak)
     finally:
         shutil.rmtree(checkpoint, ignore_errors=True)
+        log_file(checkpoint).unlink(missing_ok=True)
         with suppress(OSError):  # not there, or another row is unfinished
             checkpoint.parent.rmdir()
 

@@ -31,6 +31,7 @@ TRIAL_ROWS, TRIAL_COLUMNS = 2048, 512  # of a weight that is quantized to see ho
 TRIAL_PRODUCT = 2048  # width of a product that is timed
 # In float32, held while the widest linear is quantized; by what a block of LLaMA-2-7B took, see docs/scaling.md.
 FACTORS, COPIES = 3, 4  # arrays of its Hessian's size, and of its own
+WRITING = 4  # a token that the model writes takes as long as so many that it reads: measured on the demo model
 ACTIVATIONS = 3  # arrays of the widest inner size that a block's forward pass holds at once
 
 
@@ -75,58 +76,88 @@ def plan(
     config = load_config(location)
     if (by := quantized_by(config, location)) is not None:
         raise BellbitError(f"{model} is quantized already, by {by}; give the original model")
-    family = family_of(config)
-    settings = settings.resolved(family)
-    length = window_length(config, seq_len)
     libraries = peak_memory()
-    bare = skeleton(config)
-    unfuse(bare)
-    shapes = {name: weight_of(bare, name).shape for name in linear_names(bare, family)}
-    parameters = sum(p.numel() for p in bare.parameters())
-    weights = sum(map(math.prod, shapes.values()))
-    blocks = list(bare.get_submodule(family.blocks).children())
-    largest = max(blocks, key=lambda block: sum(p.numel() for p in block.parameters()))
-    inside = sum(p.numel() for p in largest.parameters())
-    tokens = (samples + own_windows(settings, samples)) * length if METHODS[method].calibrates else 0
-    whole = reads_whole(location, settings, shapes)
+    settings = settings.resolved(family_of(config))
+    sizes = _sizes(config)
+    length = window_length(config, seq_len)
+    own = own_windows(settings, samples)
+    tokens = (samples + own) * length if METHODS[method].calibrates else 0
+    whole = reads_whole(location, settings, sizes.shapes)
     item = (DTYPES.get(dtype) or getattr(config, "dtype", None) or torch.float32).itemsize
     chains = 2 if METHODS[method].climbs or (METHODS[method].transforms and settings.ltdb != "off") else 1
-    widest = max(max(shape) for shape in shapes.values())
-    hessians = [weight_of(b, group.linears[0]).shape[1] for b in blocks for group in family.groups_of(b)]
-    held = sum(weight_of(largest, group.linears[0]).shape[1] ** 2 for group in family.groups_of(largest))
     at_once = min(samples, windows_at_once(length, settings.act_bits, settings.resolved_scope)) * length
-    attention = config.num_attention_heads * length * at_once
-    forward = item * (ACTIVATIONS * widest * at_once + attention)
-    stages = {
-        "activations of a batch, all Hessians": forward + 4 * held * METHODS[method].calibrates,
-        "the largest Hessian, copies of a weight": 4 * FACTORS * max(hessians) ** 2 * METHODS[method].calibrates
-        + 4 * COPIES * max(map(math.prod, shapes.values())),
-    }
-    if METHODS[method].climbs:
-        stages["training"] = TRAINING_BYTES * (weights if whole else inside) + forward
-    worst = max(stages, key=lambda name: stages[name])
-    bits, trial = _trials(shapes, settings)
+    worst, most = _worst_moment(sizes, settings, whole, item, at_once, config.num_attention_heads * length)
+    bits, trial = _trials(sizes.shapes, settings)
     speed = _speed(bf16_pays(device) and METHODS[method].climbs, device)
-    rest = parameters - weights
-    output = int(weights * bits / 8 + rest * 2)
     return Plan(
         model=model,
         method=method,
-        weights=weights,
-        rest=rest,
-        blocks=len(blocks),
+        weights=sizes.weights,
+        rest=sizes.parameters - sizes.weights,
+        blocks=len(sizes.blocks),
         whole=whole,
         memory={
             "libraries": libraries,
-            "embeddings and head": item * (parameters - sum(p.numel() for b in blocks for p in b.parameters())),
-            "all blocks" if whole else "one block": item * (inside * len(blocks) if whole else inside),
+            "embeddings and head": item * (sizes.parameters - sum(sizes.blocks)),
+            "all blocks" if whole else "one block": item * (sum if whole else max)(sizes.blocks),
             "hidden states": 0 if offload else chains * item * tokens * config.hidden_size,
-            worst: stages[worst],
+            worst: most,
         },
-        seconds=_seconds(settings, shapes, hessians, tokens, chains, speed, trial),
+        seconds=_seconds(sizes, settings, tokens, own * length, chains, speed, trial),
         bits_per_weight=bits,
-        output_bytes=output,
+        output_bytes=int(sizes.weights * bits / 8 + (sizes.parameters - sizes.weights) * 2),
     )
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Of a model. shapes: of the linears that are quantized, by name. parameters: in all. blocks: of each block.
+
+    hessians: widths of those of each block.
+    """
+
+    shapes: dict[str, torch.Size]
+    parameters: int
+    blocks: list[int]
+    hessians: list[list[int]]
+
+    @property
+    def weights(self) -> int:
+        """That are quantized."""
+        return sum(map(math.prod, self.shapes.values()))
+
+
+def _sizes(config: Any) -> _Sizes:
+    family, bare = family_of(config), skeleton(config)
+    unfuse(bare)
+    blocks = list(bare.get_submodule(family.blocks).children())
+    return _Sizes(
+        shapes={name: weight_of(bare, name).shape for name in linear_names(bare, family)},
+        parameters=sum(p.numel() for p in bare.parameters()),
+        blocks=[sum(p.numel() for p in block.parameters()) for block in blocks],
+        hessians=[[weight_of(b, group.linears[0]).shape[1] for group in family.groups_of(b)] for b in blocks],
+    )
+
+
+def _worst_moment(
+    sizes: _Sizes, settings: Settings, whole: bool, item: int, at_once: int, heads: int
+) -> tuple[str, int]:
+    """What takes most memory beside weights and hidden states, and its bytes.
+
+    item: bytes of a value. at_once: tokens of a batch. heads: probabilities of attention for each of them.
+    """
+    method = METHODS[settings.method]
+    forward = item * at_once * (ACTIVATIONS * max(map(max, sizes.shapes.values())) + heads)
+    squares = [sum(width**2 for width in widths) for widths in sizes.hessians]
+    widest = max(map(max, sizes.hessians))
+    copies = 4 * COPIES * max(map(math.prod, sizes.shapes.values()))
+    moments = {
+        "activations of a batch, all Hessians": forward + 4 * max(squares) * method.calibrates,
+        "the largest Hessian, copies of a weight": 4 * FACTORS * widest**2 * method.calibrates + copies,
+    }
+    if method.climbs:
+        moments["training"] = TRAINING_BYTES * (sizes.weights if whole else max(sizes.blocks)) + forward
+    return max(moments.items(), key=lambda moment: moment[1])
 
 
 def _speed(bf16: bool, device: str) -> float:
@@ -176,27 +207,22 @@ def _trial(shape: tuple[int, ...], settings: Settings) -> tuple[float, float]:
 
 
 def _seconds(
-    settings: Settings,
-    shapes: Mapping[str, Sequence[int]],
-    hessians: list[int],
-    tokens: int,
-    chains: int,
-    speed: float,
-    trial: float,
+    sizes: _Sizes, settings: Settings, tokens: int, own: int, chains: int, speed: float, trial: float
 ) -> dict[str, float]:
-    """By what takes them. hessians: their widths, of all blocks. trial: seconds of the method itself.
+    """By what takes them. own: tokens that the model writes. trial: of the method itself.
 
     speed: operations a second.
     """
-    weights = sum(map(math.prod, shapes.values()))
-    found = {"forward passes": 2 * weights * tokens * (chains + 1) / speed}
-    if METHODS[settings.method].calibrates:
-        found["Hessians"] = sum(tokens * width**2 + 4 / 3 * width**3 for width in hessians) / speed
-    found[settings.method] = trial + sum(rows * w**2 for rows, w in shapes.values()) / speed
-    if METHODS[settings.method].climbs:
+    method = METHODS[settings.method]
+    widths = [width for block in sizes.hessians for width in block]
+    found = {"forward passes": 2 * sizes.weights * tokens * (chains + 1) / speed}
+    if own:
+        found["text of its own"] = WRITING * 2 * sizes.parameters * own / speed
+    if method.calibrates:
+        found["Hessians"] = sum(tokens * width**2 + 4 / 3 * width**3 for width in widths) / speed
+    found[settings.method] = trial + sum(rows * width**2 for rows, width in sizes.shapes.values()) / speed
+    if method.climbs:
         effort = EFFORTS[settings.effort]
-        seen = tokens * (
-            effort.epochs * ("blocks" in settings.rungs) + effort.distilled * ("distill" in settings.rungs)
-        )
-        found["training"] = seen * weights * (6 / speed + WEIGHT_SECONDS)
+        epochs = effort.epochs * ("blocks" in settings.rungs) + effort.distilled * ("distill" in settings.rungs)
+        found["training"] = epochs * tokens * sizes.weights * (6 / speed + WEIGHT_SECONDS)
     return found

@@ -44,7 +44,7 @@ from bellbit.ptq.methods import METHODS, Settings
 from bellbit.ptq.resume import Saved, fingerprint
 from bellbit.ptq.sampling import SELF, sampled_windows
 
-LOG = "quantize_log.jsonl"  # in OUT.partial, then beside OUT, whose bytes shall not depend on seconds
+LOG = "quantize_log.jsonl"  # in OUT.partial, until it is done
 PROBE_TOKENS = 64  # the reloaded checkpoint is compared on this many
 
 
@@ -191,7 +191,7 @@ def quantize(
     kept = KeptBlocks(blocks, saved)
     if team.is_main_process:
         save_checkpoint(network, tokenizer, described, target, overwrite, probe, kept.tensor, kept.running)
-        log.file.replace(target.with_name(f"{target.name}.{LOG}"))
+        log.file.replace(log_file(target))
         saved.remove()
     team.wait_for_everyone()
     progress(1, "done")
@@ -263,6 +263,11 @@ def _open(
 def reads_whole(location: Location, settings: Settings, shapes: Mapping[str, Sequence[int]]) -> bool:
     """Whether a model cannot be read block by block."""
     return location.gguf is not None or (METHODS[settings.method].climbs and takes_whole(settings, shapes))
+
+
+def log_file(out: Path) -> Path:
+    """Where the log of a quantization lies when it is done: beside OUT, whose bytes shall not depend on seconds."""
+    return out.with_name(f"{out.name}.{LOG}")
 
 
 class _Log:
