@@ -109,7 +109,7 @@ def measure(config, told):
 def main():
     arguments = parser(__doc__)
     arguments.add_argument("--shape", choices=SHAPES, default="llama-2-7b")
-    arguments.add_argument("--blocks", type=int, default=4)
+    arguments.add_argument("--blocks", type=int, default=4, choices=range(2, 81), metavar="2…80")
     arguments.add_argument("--method", default="dbellquant")
     arguments.add_argument("--samples", type=int, default=SAMPLES)
     arguments.add_argument("--seq-len", type=int, default=SEQ_LEN)

@@ -1,7 +1,6 @@
 """The plan of a quantization, against what the quantization is."""
 
 import json
-from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -53,10 +52,11 @@ def test_memory_is_counted_by_what_takes_it(tiny_model):
 
 
 def test_the_command_line_plans_and_runs_nothing(tiny_model, tmp_path):
-    done = CliRunner().invoke(app, ["quantize", str(tiny_model("llama")), "--plan", "--json", "--samples", "4"])
+    command = ["quantize", str(tiny_model("llama")), str(tmp_path / "out"), "--plan", "--json", "--samples", "4"]
+    done = CliRunner().invoke(app, command)
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["blocks"] == 2
-    assert not list(Path(tmp_path).iterdir())
+    assert not list(tmp_path.iterdir())
     shown = CliRunner().invoke(app, ["quantize", str(tiny_model("llama")), "--plan", "--samples", "4"]).stdout
     for words in ("memory at most, about", "time here, about", "checkpoint, about", "one block at a time"):
         assert words in shown

@@ -221,7 +221,7 @@ def quantize(
             observer=drawing,
             **options,
         )
-    drawn = drawing.finish() if drawing else []
+    drawn = drawing.finish() if drawing and FIRST else []
     if as_json:
         _print_json(result.to_dict() | {"figures": [str(path) for path in drawn]})
         return

@@ -99,8 +99,7 @@ def load_model(location: Location, dtype: str = "auto", config: Any = None) -> A
     quiet()
     from transformers import AutoModelForCausalLM
 
-    if dtype != "auto" and dtype not in DTYPES:
-        raise BellbitError(f"--dtype {dtype} is not possible; allowed: auto, {', '.join(DTYPES)}")
+    check_dtype(dtype)
     options = {"dtype": DTYPES.get(dtype, "auto"), "output_loading_info": True, "config": config}
     if not location.gguf:
         options["use_safetensors"] = True  # never a pickle, however restricted its reader
@@ -137,8 +136,23 @@ def _from_pretrained(cls: Any, location: Location, **options: Any) -> Any:
         ) from error
 
 
+def compute_dtype(dtype: str, config: Any) -> torch.dtype:
+    """What a model is read as: that of DTYPES, or for `auto` what its config names, else float32."""
+    return DTYPES.get(dtype) or getattr(config, "dtype", None) or torch.float32
+
+
+def check_dtype(dtype: str) -> None:
+    """Raise BellbitError if it is neither `auto` nor a key of DTYPES."""
+    if dtype != "auto" and dtype not in DTYPES:
+        raise BellbitError(f"--dtype {dtype} is not possible; allowed: auto, {', '.join(DTYPES)}")
+
+
 def resolve_device(device: str, dtype: str) -> tuple[str, str]:
-    """`auto` made definite: a GPU if there is one; float32 on a CPU, where 16-bit arithmetic is slow."""
+    """`auto` made definite: a GPU if there is one; float32 on a CPU, where 16-bit arithmetic is slow.
+
+    Raises BellbitError if there is no such device or dtype.
+    """
+    check_dtype(dtype)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:

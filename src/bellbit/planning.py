@@ -16,16 +16,16 @@ from bellbit.core.grid import GROUP
 from bellbit.core.hessian import accumulate, inverse_factor, new_hessian
 from bellbit.core.ltdb import learn_column_scales
 from bellbit.errors import BellbitError
-from bellbit.loading import DTYPES, load_config, locate, quantized_by, resolve_device, window_length
+from bellbit.loading import compute_dtype, load_config, locate, quantized_by, resolve_device, window_length
 from bellbit.memory import peak_memory
 from bellbit.packed.linears import unfuse
 from bellbit.ptq.blocks import skeleton
 from bellbit.ptq.budget import allocate, stored_bits
-from bellbit.ptq.families import family_of, linear_names
+from bellbit.ptq.families import check_foldable, family_of, linear_names
 from bellbit.ptq.ladder import EFFORTS, TRAINING_BYTES, WEIGHT_SECONDS, bf16_pays, own_windows
 from bellbit.ptq.loop import weight_of
 from bellbit.ptq.methods import METHODS, Settings
-from bellbit.ptq.quantize import reads_whole
+from bellbit.ptq.quantize import check_samples, reads_whole
 
 TRIAL_ROWS, TRIAL_COLUMNS = 2048, 512  # of a weight that is quantized to see how long it takes and what it stores
 TRIAL_PRODUCT = 2048  # width of a product that is timed
@@ -71,6 +71,7 @@ def plan(
     Raises BellbitError as `quantize` does for what it can know now.
     """
     settings = Settings(method, **options)
+    check_samples(samples)
     device, dtype = resolve_device(device, dtype)
     location = locate(model)
     config = load_config(location)
@@ -78,16 +79,30 @@ def plan(
         raise BellbitError(f"{model} is quantized already, by {by}; give the original model")
     libraries = peak_memory()
     settings = settings.resolved(family_of(config))
+    if settings.folds:
+        check_foldable(config)
     sizes = _sizes(config)
-    length = window_length(config, seq_len)
+    length = window_length(config, seq_len if METHODS[method].calibrates else None)
     own = own_windows(settings, samples)
     tokens = (samples + own) * length if METHODS[method].calibrates else 0
     whole = reads_whole(location, settings, sizes.shapes)
-    item = (DTYPES.get(dtype) or getattr(config, "dtype", None) or torch.float32).itemsize
+    item = compute_dtype(dtype, config).itemsize
     chains = 2 if METHODS[method].climbs or (METHODS[method].transforms and settings.ltdb != "off") else 1
     at_once = min(samples, windows_at_once(length, settings.act_bits, settings.resolved_scope)) * length
-    worst, most = _worst_moment(sizes, settings, whole, item, at_once, config.num_attention_heads * length)
     bits, trial = _trials(sizes.shapes, settings)
+    output = int(sizes.weights * bits / 8 + (sizes.parameters - sizes.weights) * 2)
+    resident = {
+        "embeddings and head": item * (sizes.parameters - sum(sizes.blocks)),
+        "all blocks" if whole else "one block": item * (sum if whole else max)(sizes.blocks),
+        "hidden states": 0 if offload else chains * item * tokens * config.hidden_size,
+    }
+    moments = {
+        **_moments(sizes, settings, whole, item, at_once, config.num_attention_heads * length),
+        "the checkpoint, loaded again": output,
+    }
+    if own:  # before anything else is there
+        moments["the model that writes text"] = item * sizes.parameters - sum(resident.values())
+    worst = max(moments, key=lambda moment: moments[moment])
     speed = _speed(bf16_pays(device) and METHODS[method].climbs, device)
     return Plan(
         model=model,
@@ -96,16 +111,10 @@ def plan(
         rest=sizes.parameters - sizes.weights,
         blocks=len(sizes.blocks),
         whole=whole,
-        memory={
-            "libraries": libraries,
-            "embeddings and head": item * (sizes.parameters - sum(sizes.blocks)),
-            "all blocks" if whole else "one block": item * (sum if whole else max)(sizes.blocks),
-            "hidden states": 0 if offload else chains * item * tokens * config.hidden_size,
-            worst: most,
-        },
+        memory={"libraries": libraries, **resident, worst: moments[worst]},
         seconds=_seconds(sizes, settings, tokens, own * length, chains, speed, trial),
         bits_per_weight=bits,
-        output_bytes=int(sizes.weights * bits / 8 + (sizes.parameters - sizes.weights) * 2),
+        output_bytes=output,
     )
 
 
@@ -139,10 +148,8 @@ def _sizes(config: Any) -> _Sizes:
     )
 
 
-def _worst_moment(
-    sizes: _Sizes, settings: Settings, whole: bool, item: int, at_once: int, heads: int
-) -> tuple[str, int]:
-    """What takes most memory beside weights and hidden states, and its bytes.
+def _moments(sizes: _Sizes, settings: Settings, whole: bool, item: int, at_once: int, heads: int) -> dict[str, int]:
+    """What takes memory beside weights and hidden states, one after the other, and its bytes.
 
     item: bytes of a value. at_once: tokens of a batch. heads: probabilities of attention for each of them.
     """
@@ -157,13 +164,13 @@ def _worst_moment(
     }
     if method.climbs:
         moments["training"] = TRAINING_BYTES * (sizes.weights if whole else max(sizes.blocks)) + forward
-    return max(moments.items(), key=lambda moment: moment[1])
+    return moments
 
 
 def _speed(bf16: bool, device: str) -> float:
     """Floating-point operations a second of a product, here and now."""
     a = torch.randn(TRIAL_PRODUCT, TRIAL_PRODUCT, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
-    a @ a
+    float((a @ a).sum())
     started = time.perf_counter()
     float((a @ a).sum())
     return 2 * TRIAL_PRODUCT**3 / (time.perf_counter() - started)

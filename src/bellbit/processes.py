@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
@@ -15,8 +16,10 @@ WAIT = timedelta(hours=2)  # for another process: one may read or write what tak
 
 
 def processes() -> Any:
-    """accelerate's view of the processes that torchrun has started; gloo joins them where there is no GPU."""
-    return PartialState(cpu=not torch.cuda.is_available(), timeout=WAIT)
+    """accelerate's view of the processes that torchrun has started; gloo joins them for what is not on a GPU."""
+    gpus = torch.cuda.is_available()
+    backend = {"backend": "cuda:nccl,cpu:gloo"} if gpus and "LOCAL_RANK" in os.environ else {}
+    return PartialState(cpu=not gpus, timeout=WAIT, **backend)
 
 
 def dealt(count: int, at_once: int) -> list[int]:

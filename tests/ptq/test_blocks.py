@@ -6,7 +6,7 @@ import os
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import bellbit
 from bellbit.errors import BellbitError
@@ -14,7 +14,7 @@ from bellbit.loading import load_config, load_model, locate
 from bellbit.packed.linears import unfuse
 from bellbit.packed.save import round_unquantized
 from bellbit.ptq import loop, quantize
-from bellbit.ptq.blocks import BlocksFromFiles
+from bellbit.ptq.blocks import BlocksFromFiles, skeleton
 from bellbit.ptq.families import family_of, linear_names
 from conftest import CONFIGS
 
@@ -90,13 +90,15 @@ def test_never_more_than_one_block_is_in_memory(tiny_model, english, tmp_path, m
     original = loop.group_hessians
 
     def spy(stream, *arguments):
-        weights = [next(block.parameters()) for block in stream.arguments]
-        held.append([not weight.is_meta for weight in weights])
+        held.append([[not t.is_meta for t in block.state_dict().values()] for block in stream.arguments])
         return original(stream, *arguments)
 
     monkeypatch.setattr(loop, "group_hessians", spy)
     bellbit.quantize(tiny_model("llama"), tmp_path / "out", "gptq", calib=str(english), **TEXT)
-    assert held == [[True, False], [False, True]]
+    assert [[(any(block), all(block)) for block in blocks] for blocks in held] == [
+        [(True, True), (False, False)],
+        [(False, False), (True, True)],
+    ]
 
 
 def test_every_linear_has_its_line_in_the_log(tiny_model, english, tmp_path):
@@ -155,3 +157,30 @@ def test_what_a_family_has_no_place_for_is_said(tiny_model, english, tmp_path):
     told = bellbit.quantize(tiny_model("olmo2"), tmp_path / "a", calib=str(english), ltdb_steps=2, **TEXT).remark
     assert "no norm feeds a linear" in told
     assert bellbit.quantize(tiny_model("olmo2"), tmp_path / "b", "sign").remark == ""
+
+
+def test_the_files_own_dtype_is_kept_where_none_is_asked_for(tiny_model, tmp_path):
+    _, whole = opened(tiny_model("llama"))
+    whole.to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    location = locate(str(tmp_path / "model"))
+    config = load_config(location)
+    skeleton(config)
+    assert config.dtype == torch.bfloat16
+    blocks = BlocksFromFiles(location, "auto", config, family_of(config))
+    assert {p.dtype for p in blocks.take_up(0).parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("stored", ["both", "head", "embedding"])
+def test_a_head_is_tied_as_transformers_ties_it(stored, tiny_model, tmp_path):
+    _, whole = opened(tiny_model("llama"))
+    state = dict(whole.state_dict())
+    embedding = state.pop("lm_head.weight").clone()
+    if stored != "embedding":
+        state["lm_head.weight"] = embedding.flip(0).contiguous()
+    if stored == "head":
+        del state["model.embed_tokens.weight"]
+    whole.config.save_pretrained(tmp_path)
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    blocks, whole = opened(tmp_path)
+    for name in ("lm_head", "model.embed_tokens"):
+        assert torch.equal(blocks.model.get_submodule(name).weight, whole.get_submodule(name).weight.half().float())

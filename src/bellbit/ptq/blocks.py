@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import re
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from bellbit.errors import BellbitError, first_line
-from bellbit.loading import DTYPES, Location, quiet
+from bellbit.loading import Location, compute_dtype, quiet
 from bellbit.memory import map_large_arrays, release_memory
 from bellbit.packed.checkpoint import read_headers
 from bellbit.packed.linears import unfuse
@@ -68,11 +69,12 @@ class BlocksFromFiles(Blocks):
         map_large_arrays()
         self.location = location
         self.files = checkpoint_files(location)
-        self.dtype = DTYPES.get(dtype) or getattr(config, "dtype", None) or torch.float32
+        self.dtype = compute_dtype(dtype, config)
         super().__init__(skeleton(config, self.dtype), family)
         self._conversions = get_model_conversion_mapping(self.model)
-        self._fill(None)
-        self.model.tie_weights()
+        missing = self._fill(None)
+        self.model.tie_weights(missing_keys=missing)  # what has values of its own in the files keeps them
+        self._check_there(lambda name: not name.startswith(f"{family.blocks}."))
         check_finite(self.model)
         round_unquantized(self.model, set())
         with suppress(OSError):
@@ -80,6 +82,7 @@ class BlocksFromFiles(Blocks):
 
     def take_up(self, index: int) -> nn.Module:
         self._fill(index)
+        self._check_there(lambda name: name.startswith(f"{self.name(index)}."))
         block = super().take_up(index)
         check_finite(block, f"{self.name(index)}.")
         unfuse(block)
@@ -99,8 +102,14 @@ class BlocksFromFiles(Blocks):
                 digest.update(name.encode() + stream.read(min(stored.nbytes, HASHED)))
         return digest.hexdigest()[:16]
 
-    def _fill(self, index: int | None) -> None:
-        """Read a block, or without an index all that is in none."""
+    def _check_there(self, wanted: Callable[[str], bool]) -> None:
+        """Raise BellbitError for the first tensor of the wanted ones that has no values."""
+        for name, tensor in self.model.state_dict().items():
+            if wanted(name) and tensor.is_meta:
+                raise BellbitError(f"{self.location.spec!r} lacks the tensor {name!r}")
+
+    def _fill(self, index: int | None) -> set[str]:
+        """Read a block, or without an index all that is in none. Returns the names of what was not read."""
         from safetensors import safe_open
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
         from transformers.modeling_utils import LoadStateDictConfig
@@ -116,18 +125,17 @@ class BlocksFromFiles(Blocks):
                         if (None if place is None else int(place[1])) == index:
                             found[key] = stream.get_slice(key)
                 how = LoadStateDictConfig(dtype=self.dtype, weight_mapping=self._conversions)
-                convert_and_load_state_dict_in_model(model=self.model, state_dict=found, load_config=how)
+                info, _ = convert_and_load_state_dict_in_model(model=self.model, state_dict=found, load_config=how)
+                return set(info.missing_keys)
+        except MemoryError:
+            raise
         except Exception as error:  # a damaged or vanished file makes readers raise whatever they happen on
+            if "can't allocate memory" in str(error):
+                raise
             raise BellbitError(
                 f"cannot read {self.name(index) if index is not None else 'the embeddings'} of "
                 f"{self.location.spec!r}: {first_line(error)}"
             ) from error
-        tied = set(self.model.all_tied_weights_keys)
-        for name, tensor in self.model.state_dict().items():
-            within = name.startswith(f"{self.family.blocks}.")
-            wanted = not within if index is None else name.startswith(f"{self.name(index)}.")
-            if wanted and tensor.is_meta and name not in tied:
-                raise BellbitError(f"{self.location.spec!r} lacks the tensor {name!r}")
 
 
 def skeleton(config: Any, dtype: torch.dtype = torch.float32) -> Any:
@@ -137,7 +145,7 @@ def skeleton(config: Any, dtype: torch.dtype = torch.float32) -> Any:
     from transformers import AutoModelForCausalLM
 
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype).eval()  # it notes the dtype there
     model.tie_weights()
     return model
 

@@ -122,7 +122,7 @@ _POST_NORM = Family(
     "model.layers",
     _gated(None, None),
     _GATED_CHAINS,
-    remark="this model's norms stand after attention and MLP: no norm feeds a linear, and none takes column scales",
+    remark="this model's norms stand after attention and MLP: no norm feeds a linear, so none takes column scales",
 )
 _OPT = Family(
     blocks="model.decoder.layers",

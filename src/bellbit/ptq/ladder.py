@@ -138,8 +138,10 @@ def climb(
         def report(done: float, least: float) -> None:
             whole(done, f"distillation, divergence {least:.3f}")
 
-        distill(model, whole_pieces, states, plan, bf16, report, saved)
+        model.to(device)
+        distill(model, whole_pieces.to(device), states.to(device), plan, bf16, report, saved)
         _pack(model)
+        model.to("cpu")
     return run
 
 

@@ -61,7 +61,7 @@ Observer = Callable[[GroupRecord], None]
 @dataclass
 class Run:
     """What a run over a model did. errors: as in GroupRecord, by full module name. bits, nominal, seconds: likewise;
-    stored bits per weight, as papers count them, and what the linear took by itself.
+    stored bits per weight, as papers count them, and what the linear took; where a block is trained, its share of that.
 
     fallbacks: linears that were rounded plainly because their Hessian was beyond repair, or, of an expert, that too few
     tokens reached; beyond_repair: how many of them the first.
@@ -273,7 +273,7 @@ def _shared_column_scales(
     found = {}
     for norm, groups in behind.items():
         mine = owner[norm] == processes().process_index
-        found[norm] = _column_scales(block, groups, maxima[norm], settings) if mine else maxima[norm].float()
+        found[norm] = _column_scales(block, groups, maxima[norm], settings) if mine else maxima[norm].float().clone()
     for norm, scales in found.items():
         sent([scales], owner[norm])
     return found

@@ -48,6 +48,12 @@ LOG = "quantize_log.jsonl"  # in OUT.partial, until it is done
 PROBE_TOKENS = 64  # the reloaded checkpoint is compared on this many
 
 
+def check_samples(samples: int) -> None:
+    """Raise BellbitError if there are none."""
+    if samples < 1:
+        raise BellbitError(f"--samples {samples} is not possible; allowed: 1 and more")
+
+
 @dataclass(frozen=True)
 class Report:
     """What a quantization did.
@@ -108,19 +114,21 @@ def quantize(
     offload: hidden states lie in files beside OUT, not in memory. Of several processes, started by torchrun, each takes
     a share of the windows and of the linears.
     dtype: to compute in; `auto` is float32 on a CPU, else the model's own. options: fields of `Settings`.
-    Raises BellbitError for anything the user can mend; nothing is written then.
+    Raises BellbitError for anything the user can mend; there is no OUT then.
     """
     started = time.perf_counter()
     settings = Settings(method, **options)
-    if samples < 1:
-        raise BellbitError(f"--samples {samples} is not possible; allowed: 1 and more")
+    check_samples(samples)
     target = check_output(out, overwrite, str(model))
     device, dtype = resolve_device(device, dtype)
     team = processes()
     if team.num_processes > 1:
         if METHODS[method].climbs:
             raise BellbitError(f"the method {method} trains each block in one process; start it without torchrun")
+        if device.startswith("cuda:"):
+            raise BellbitError(f"--device {device} is one for all processes; give cuda, and each takes its own")
         device = str(team.device) if device == "cuda" else device
+        observer = observer if team.is_main_process else None
 
     progress(0, "opening the model")
     location = locate(str(model))
@@ -162,7 +170,9 @@ def quantize(
 
     partial = target.with_name(target.name + ".partial")
     trained = asdict(EFFORTS[settings.effort])
-    saved = Saved(partial, {**provenance, "effort": trained, "model": mark}, resume, overwrite)
+    saved = Saved(
+        partial, {**provenance, "effort": trained, "model": mark, "dtype": str(network.dtype)}, resume, overwrite
+    )
 
     most = math.inf if allow_fallbacks else FALLBACK_LIMIT * len(shapes)
     spilled = partial if offload else None

@@ -21,7 +21,7 @@ def robust_error(output: Tensor, target: Tensor) -> Tensor:
     Relative, because some tokens' norms are a thousand times the others' and say no more.
     output, target: (..., tokens, width). Returns a float32 scalar.
     """
-    target = target.float()
+    target = target.to(output.device).float()
     errors = (output.float() - target).square().sum(-1) / target.square().sum(-1).clamp_min(1e-12)
     return (1 - FIRST_TOKEN) * errors.mean() + FIRST_TOKEN * errors[..., 0].mean()
 

@@ -53,7 +53,10 @@ def hidden_states(shape: Sequence[int], dtype: torch.dtype, file: Path | None) -
             f"{disk_reason(error)} for hidden states of {size * dtype.itemsize / 1e9:.1f} GB in {file}; free some and "
             "--resume, or leave out --offload"
         ) from error
-    return torch.from_file(str(file), shared=True, size=size, dtype=dtype).view(*shape)
+    states = torch.from_file(str(file), shared=True, size=size, dtype=dtype).view(*shape)
+    if os.name == "posix":  # it lives as long as it is in use, and no longer
+        file.unlink()
+    return states
 
 
 class BlockStream:
@@ -134,7 +137,7 @@ class BlockStream:
 
         def call(hidden: Tensor) -> Tensor:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-                output = block(hidden, *args, **kwargs)
+                output = block(hidden.to(self.device), *args, **kwargs)
             return output[0] if isinstance(output, tuple) else output
 
         return call
@@ -158,7 +161,7 @@ class BlockStream:
         done = 0
         for batch in hidden.split(self.batch_size):
             with nullcontext() if keep else suppress(StopBlock):
-                output = call(batch.to(self.device))
+                output = call(batch)
             if keep:
                 batch.copy_(output)
             done += len(batch)
