@@ -14,7 +14,6 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig
 
-from bellbit.planning import plan
 from bellbit.ptq.blocks import skeleton
 from common import note, parser, row, show
 from conftest import byte_tokenizer
@@ -31,7 +30,9 @@ BAR, GROWTH = 6.0, 0.01  # GiB; GiB a block
 
 CHILD = """
 import json, sys, time
+from dataclasses import asdict
 import bellbit
+from bellbit.planning import plan
 marks, last = [], [None]
 def peak():
     line = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
@@ -43,10 +44,13 @@ def progress(share, text):
         last[0] = stage
         marks.append((stage, time.perf_counter(), peak()))
         print(stage, round(marks[-1][2] / 2**30, 3), file=sys.stderr, flush=True)
-told = json.loads(sys.argv[1])
-report = bellbit.quantize(progress=progress, **told)
+told, out = json.loads(sys.argv[1]), sys.argv[2]
+planned = plan(**told)
+report = bellbit.quantize(out=out, progress=progress, **told)
 progress(1, "end")
-print(json.dumps({"marks": marks, "bits": report.bits_per_weight, "bytes": report.checkpoint_bytes}))
+print(json.dumps({
+    "marks": marks, "bits": report.bits_per_weight, "bytes": report.checkpoint_bytes, "plan": asdict(planned)
+}))
 """
 
 
@@ -89,20 +93,20 @@ def measure(config, told):
         model = Path(folder) / "model"
         model.mkdir()
         make(model, config)
-        planned = plan(str(model), **told)
-        given = json.dumps({"model": str(model), "out": f"{folder}/out", **told})
-        done = subprocess.run([sys.executable, "-c", CHILD, given], stdout=subprocess.PIPE, text=True, check=True)
+        command = [sys.executable, "-c", CHILD, json.dumps({"model": str(model), **told}), f"{folder}/out"]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     found = json.loads(done.stdout.splitlines()[-1])
     stages = {}
     for (stage, start, _), (_, stop, peak) in zip(found["marks"], found["marks"][1:], strict=False):
         stages[stage] = {"seconds": round(stop - start, 1), "peak_gib": round(peak / 2**30, 3)}
+    planned = found["plan"]
     return {
         "stages": stages,
         "bits_per_weight": found["bits"],
         "checkpoint_bytes": found["bytes"],
-        "planned_gib": round(sum(planned.memory.values()) / 2**30, 3),
-        "planned_seconds": round(sum(planned.seconds.values())),
-        "planned_bytes": planned.output_bytes,
+        "planned_gib": round(sum(planned["memory"].values()) / 2**30, 3),
+        "planned_seconds": round(sum(planned["seconds"].values())),
+        "planned_bytes": planned["output_bytes"],
     }
 
 
