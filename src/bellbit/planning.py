@@ -20,10 +20,10 @@ from bellbit.loading import compute_dtype, load_config, locate, quantized_by, re
 from bellbit.memory import peak_memory
 from bellbit.packed.linears import unfuse
 from bellbit.ptq.blocks import skeleton
-from bellbit.ptq.budget import allocate, stored_bits
-from bellbit.ptq.families import check_foldable, family_of, linear_names
-from bellbit.ptq.ladder import EFFORTS, TRAINING_BYTES, WEIGHT_SECONDS, bf16_pays, own_windows
-from bellbit.ptq.loop import weight_of
+from bellbit.ptq.budget import stored_bits
+from bellbit.ptq.families import check_foldable, family_of
+from bellbit.ptq.ladder import EFFORTS, TRAINING_BYTES, WEIGHT_SECONDS, bf16_pays, own_windows, widths_alike
+from bellbit.ptq.loop import linear_shapes, weight_of
 from bellbit.ptq.methods import METHODS, Settings
 from bellbit.ptq.quantize import check_samples, reads_whole
 
@@ -141,7 +141,7 @@ def _sizes(config: Any) -> _Sizes:
     unfuse(bare)
     blocks = list(bare.get_submodule(family.blocks).children())
     return _Sizes(
-        shapes={name: weight_of(bare, name).shape for name in linear_names(bare, family)},
+        shapes=linear_shapes(bare, family),
         parameters=sum(p.numel() for p in bare.parameters()),
         blocks=[sum(p.numel() for p in block.parameters()) for block in blocks],
         hessians=[[weight_of(b, group.linears[0]).shape[1] for group in family.groups_of(b)] for b in blocks],
@@ -187,7 +187,7 @@ def _trials(shapes: Mapping[str, Sequence[int]], settings: Settings) -> tuple[fl
         seconds += each * weights
     whole = sum(map(math.prod, shapes.values()))
     if METHODS[settings.method].climbs:
-        widths = allocate(shapes, dict.fromkeys(shapes, 0.0), settings.bpw)
+        widths = widths_alike(settings, shapes)
         bits = sum(stored_bits(shape[1], widths[name]) * math.prod(shape) for name, shape in shapes.items())
     return bits / whole, seconds
 

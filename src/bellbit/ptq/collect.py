@@ -100,6 +100,7 @@ def group_hessians(
     groups = family.groups_of(block)
     hidden = stream.inputs[:at_most]
     samples = min(stream.windows, at_most or stream.windows)
+    alone = processes().num_processes == 1
     waiting: dict[InputGroup, Tensor] = {}
 
     def add(group: InputGroup, x: Tensor) -> None:
@@ -125,7 +126,7 @@ def group_hessians(
 
     def exchange() -> None:
         """Add the inputs of all processes, in the order of one that has them all, to own rows of each Hessian."""
-        for group in () if alone else groups:
+        for group in groups:
             linear: Any = block.get_submodule(group.linears[0])
             own = waiting.pop(group, stream.inputs.new_empty(0, linear.in_features, device=stream.device))
             for x in each_in_turn(own):
@@ -137,9 +138,8 @@ def group_hessians(
         linear: lambda y: quantize_activations(y, settings.act_bits, settings.resolved_scope)
         for linear in family.rounded_outputs
     }
-    alone = processes().num_processes == 1
     with _hooks(block, hooks, outputs):
-        stream.run(block, hidden, report, keep=False, after=exchange)
+        stream.run(block, hidden, report, keep=False, after=(lambda: None) if alone else exchange)
     for hessian in () if alone else hessians.values():
         for index, rows in enumerate(panels(len(hessian))):
             sent([hessian[rows]], index % processes().num_processes)

@@ -29,12 +29,11 @@ from bellbit.ptq.families import (
     by_norm,
     fold_along_chain,
     fold_column_scales,
-    linear_names,
     shared_by_heads,
 )
 from bellbit.ptq.fit import Plan, Rates
 from bellbit.ptq.latent import LatentLinear, latent_linears
-from bellbit.ptq.loop import Log, Progress, Run, layers_of, put_back, relative_error, weight_of
+from bellbit.ptq.loop import Log, Progress, Run, layers_of, linear_shapes, put_back, relative_error, weight_of
 from bellbit.ptq.methods import METHODS, Settings
 from bellbit.ptq.reconstruct import reconstruct
 from bellbit.ptq.resume import Saved
@@ -115,7 +114,7 @@ def climb(
     epochs = effort.epochs if "blocks" in settings.rungs else 0
     distilled = _distilled(settings)
     if shapes is None:
-        shapes = {name: weight_of(model, name).shape for name in linear_names(model, family)}
+        shapes = linear_shapes(model, family)
     # in epochs of reconstruction of the demo model
     budget, teacher, blockwise, whole = _parts(progress, 0.1, 0.2 * (distilled > 0), 0.5 + epochs, 1.3 * distilled)
 
@@ -151,10 +150,10 @@ def _distilled(settings: Settings) -> int:
 
 def takes_whole(settings: Settings, shapes: Mapping[str, Sequence[int]]) -> bool:
     """Whether the model must be in memory whole: for distillation, or to measure what deserves more bits."""
-    return _distilled(settings) > 0 or len(set(_alike(settings, shapes).values())) > 1
+    return _distilled(settings) > 0 or len(set(widths_alike(settings, shapes).values())) > 1
 
 
-def _alike(settings: Settings, shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
+def widths_alike(settings: Settings, shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
     """Bits of every linear if nothing is known of their losses."""
     return allocate(shapes, dict.fromkeys(shapes, 0.0), settings.bpw)
 
@@ -344,7 +343,7 @@ def _widths(
     report: Callable[[float], None],
 ) -> dict[str, int]:
     """Bits of every linear by name, under the budget."""
-    alike = _alike(settings, shapes)
+    alike = widths_alike(settings, shapes)
     base = min(alike.values())
     if max(alike.values()) == base:
         return alike

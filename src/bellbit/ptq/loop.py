@@ -22,7 +22,7 @@ from bellbit.packed.tensor import PackedTensor
 from bellbit.processes import owners, processes, sent, told
 from bellbit.ptq.blocks import Blocks
 from bellbit.ptq.collect import group_hessians, input_maxima
-from bellbit.ptq.families import Family, InputGroup, by_norm, fold_column_scales
+from bellbit.ptq.families import Family, InputGroup, by_norm, fold_column_scales, linear_names
 from bellbit.ptq.methods import METHODS, Settings
 from bellbit.ptq.resume import Saved
 from bellbit.ptq.stream import BlockStream
@@ -254,6 +254,11 @@ def weight_of(block: nn.Module, linear: str) -> Tensor:
     weight = block.get_submodule(linear).weight
     assert isinstance(weight, Tensor)
     return weight.detach()
+
+
+def linear_shapes(model: Any, family: Family) -> dict[str, torch.Size]:
+    """(out, in) of the linears that are quantized, by full name, in the order of `linear_names`."""
+    return {name: weight_of(model, name).shape for name in linear_names(model, family)}
 
 
 def _column_scales(block: nn.Module, groups: list[InputGroup], act_absmax: Tensor, settings: Settings) -> Tensor:

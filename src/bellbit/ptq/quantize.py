@@ -37,9 +37,9 @@ from bellbit.processes import processes
 from bellbit.ptq.attention import fast_attention
 from bellbit.ptq.blocks import Blocks, BlocksFromFiles, KeptBlocks, check_finite, skeleton
 from bellbit.ptq.discover import discover
-from bellbit.ptq.families import FAMILIES, Family, check_foldable, family_of, linear_names
+from bellbit.ptq.families import FAMILIES, Family, check_foldable, family_of
 from bellbit.ptq.ladder import EFFORTS, bf16_pays, climb, own_windows, takes_whole
-from bellbit.ptq.loop import FALLBACK_LIMIT, Observer, Progress, Run, quantize_model, weight_of
+from bellbit.ptq.loop import FALLBACK_LIMIT, Observer, Progress, Run, linear_shapes, quantize_model
 from bellbit.ptq.methods import METHODS, Settings
 from bellbit.ptq.resume import Saved, fingerprint
 from bellbit.ptq.sampling import SELF, sampled_windows
@@ -256,7 +256,7 @@ def _open(
     if not unknown:
         bare = skeleton(config)
         unfuse(bare)
-        shapes = {name: weight_of(bare, name).shape for name in linear_names(bare, family)}
+        shapes = linear_shapes(bare, family)
         if not reads_whole(location, settings, shapes):
             apart = BlocksFromFiles(location, dtype, config, family)
             return apart, shapes, apart.fingerprint()
@@ -265,7 +265,7 @@ def _open(
     unfuse(network)
     if unknown:
         family = discover(network)
-        shapes = {name: weight_of(network, name).shape for name in linear_names(network, family)}
+        shapes = linear_shapes(network, family)
     round_unquantized(network, set(shapes))
     return Blocks(network, family), shapes, fingerprint(network)
 

@@ -80,8 +80,8 @@ class BlockStream:
     ) -> None:
         """windows: int64 (samples, length). batch_size: windows that go through a block together.
 
-        bf16: matrix products in bfloat16; the hidden states stay as they are. folder: where these lie in files, which
-        are not removed; without, they are in memory.
+        bf16: matrix products in bfloat16; the hidden states stay as they are. folder: where these lie in files as
+        long as they are in use; without, they are in memory.
         """
         self.device, self.batch_size, self.bf16, self._folder = torch.device(device), batch_size, bf16, folder
         self.arguments: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
