@@ -110,6 +110,24 @@ NB_MODULE(_kernels, m) {
     const nb::gil_scoped_release release;
     rotate(floats(x), tokens, columns, threads);
   });
+  nb::class_<Latents>(m, "Latents")
+      .def(
+          "__init__",
+          [](Latents* self, Address latents, Address scales, int64_t rows, int64_t columns, int64_t group, int width) {
+            new (self) Latents{floats(latents), floats(scales), rows, columns, group, width};
+          },
+          nb::arg("latents"), nb::arg("scales"), nb::arg("rows"), nb::arg("columns"), nb::arg("group"),
+          nb::arg("width"));
+  m.def("weights_of", [](const Latents& latents, bool bfloat, Address out, int threads) {
+    const nb::gil_scoped_release release;
+    weights_of(latents, bfloat, at<void>(out), threads);
+  });
+  m.def("derivatives_of", [](const Latents& latents, bool bfloat, Address weights, Address gradient, Address to_latents,
+                             Address to_scales, int threads) {
+    const nb::gil_scoped_release release;
+    derivatives_of(latents, bfloat, at<const void>(weights), at<const void>(gradient), floats(to_latents),
+                   floats(to_scales), threads);
+  });
   m.def("available", [] {
     const Kernels* const* list;
     std::vector<std::string> names;

@@ -5,6 +5,7 @@
 
 #include "codebook.h"
 #include "planes.h"
+#include "training.h"
 
 namespace bellbit {
 namespace {
@@ -207,7 +208,7 @@ struct Body {
   static constexpr Kernels kernels(const char* name) {
     return {name, PlanesBody<S>::multiply, CodebookBody<S>::multiply, dense, PlanesBody<S>::unpack,
             CodebookBody<S>::unpack, CodebookBody<S>::arrange, widen_row,
-            dot, attend, hadamard, prepare};
+            dot, attend, hadamard, prepare, weights_of, derivatives_of};
   }
 };
 

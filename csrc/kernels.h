@@ -42,6 +42,15 @@ struct Dense {
   bool bfloat;  // else float16
 };
 
+// Weights in training on the symmetric grid: scale · ℓ, ℓ the level nearest to a latent (see core/grid.py).
+struct Latents {
+  const float *latents, *scales;  // (rows, columns), (rows, groups())
+  int64_t rows, columns, group;   // group: columns that a scale covers
+  int width;                      // bits
+
+  int64_t groups() const { return (columns + group - 1) / group; }
+};
+
 // Activations made ready for a kernel, in rows padded with zeros to a multiple of kBlock: values, or codes.
 // Sums are kLanes numbers per token and block that add up to the sum of the block.
 struct Activations {
@@ -81,6 +90,12 @@ struct Kernels {
   // 0 keeps x as it is. shared: one step for all tokens.
   void (*prepare)(const float* x, int64_t tokens, int64_t columns, int limit, bool shared, float* values, float* sums,
                   int8_t* codes, float* steps, int32_t* totals);
+  // Weights of rows first … last into out (rows, columns), bfloat16 or float32.
+  void (*weights_of)(const Latents&, bool bfloat, void* out, int64_t first, int64_t last);
+  // From ∂/∂weight, and the weights, in the type of both: ∂/∂latents = scale · ∂/∂weight (not if null), and
+  // ∂/∂scales = Σ ∂/∂weight · weight / scale.
+  void (*derivatives_of)(const Latents&, bool bfloat, const void* weights, const void* gradient, float* latents,
+                         float* scales, int64_t first, int64_t last);
 };
 
 // The kernels of this build that this machine can run, best first, and the chosen ones.

@@ -139,4 +139,36 @@ void rotate(float* x, int64_t tokens, int64_t columns, int threads) {
       &call);
 }
 
+void weights_of(const Latents& latents, bool bfloat, void* out, int threads) {
+  struct Call {
+    const Latents& latents;
+    bool bfloat;
+    void* out;
+  } const call{latents, bfloat, out};
+  parallel_for(
+      latents.rows, grain(latents.columns), threads,
+      [](const void* context, int64_t first, int64_t last) {
+        const Call& c = *static_cast<const Call*>(context);
+        chosen().weights_of(c.latents, c.bfloat, c.out, first, last);
+      },
+      &call);
+}
+
+void derivatives_of(const Latents& latents, bool bfloat, const void* weights, const void* gradient, float* to_latents,
+                    float* to_scales, int threads) {
+  struct Call {
+    const Latents& latents;
+    bool bfloat;
+    const void *weights, *gradient;
+    float *to_latents, *to_scales;
+  } const call{latents, bfloat, weights, gradient, to_latents, to_scales};
+  parallel_for(
+      latents.rows, grain(latents.columns), threads,
+      [](const void* context, int64_t first, int64_t last) {
+        const Call& c = *static_cast<const Call*>(context);
+        chosen().derivatives_of(c.latents, c.bfloat, c.weights, c.gradient, c.to_latents, c.to_scales, first, last);
+      },
+      &call);
+}
+
 }  // namespace bellbit

@@ -34,4 +34,9 @@ void unpack(const Weight& weight, float* out, int64_t first, int64_t last, int t
 // x (tokens, columns) times the normalized blockwise Hadamard matrix, in place.
 void rotate(float* x, int64_t tokens, int64_t columns, int threads);
 
+// Weights in training and their derivatives, see Kernels.
+void weights_of(const Latents& latents, bool bfloat, void* out, int threads);
+void derivatives_of(const Latents& latents, bool bfloat, const void* weights, const void* gradient, float* to_latents,
+                    float* to_scales, int threads);
+
 }  // namespace bellbit

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bellbit.core import bellbox
+from bellbit.core import bellbox, grid
 from bellbit.core.activations import Scope
 from bellbit.core.hadamard import hadamard
 from bellbit.kernels import native, reference
@@ -78,3 +78,11 @@ def dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x·Wᵀ + bias for a weight in 16 bits, bfloat16 or float16 (out, in), computed in x's dtype."""
     fits = _native_takes(x) and native.BUILT
     return native.dense(x, weight, bias) if fits else torch.nn.functional.linear(x, weight.to(x.dtype), bias)
+
+
+def straight_through(
+    latent: Tensor, scales: Tensor, width: int, dtype: torch.dtype, group: int = grid.GROUP
+) -> Tensor:
+    """The weight s·ℓ(latent) of a layer in training, differentiable in both; see `core.grid.straight_through`."""
+    fits = latent.device.type == "cpu" and native.BUILT and dtype in (torch.float32, torch.bfloat16)
+    return (native if fits else grid).straight_through(latent, scales, width, dtype, group)

@@ -275,6 +275,51 @@ def _rotate(x: Tensor) -> Tensor:
     return rotated.to(x.dtype)
 
 
+class _StraightThrough(torch.autograd.Function):
+    """`core.grid.straight_through` in one pass over memory for the weights and one for both derivatives."""
+
+    @staticmethod
+    def forward(ctx: Any, latent: Tensor, scales: Tensor, width: int, dtype: torch.dtype, group: int) -> Tensor:
+        ctx.latents = _latents(latent, scales, width, group)
+        weight = torch.empty_like(latent, dtype=dtype)
+        _kernels.weights_of(ctx.latents, dtype == torch.bfloat16, weight.data_ptr(), torch.get_num_threads())
+        ctx.save_for_backward(latent, weight, scales)
+        return weight
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, None, None, None]:
+        latent, weight, scales = ctx.saved_tensors
+        wrt_latent = torch.empty_like(latent) if ctx.needs_input_grad[0] else None
+        wrt_scales = torch.empty_like(scales)
+        _kernels.derivatives_of(
+            ctx.latents,
+            weight.dtype == torch.bfloat16,
+            weight.data_ptr(),
+            _require(gradient.contiguous(), weight.dtype, *weight.shape),
+            0 if wrt_latent is None else wrt_latent.data_ptr(),
+            wrt_scales.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return wrt_latent, wrt_scales, None, None, None
+
+
+def _latents(latent: Tensor, scales: Tensor, width: int, group: int) -> Any:
+    rows, columns = latent.shape
+    return _kernels.Latents(
+        latents=_require(latent, torch.float32, rows, columns),
+        scales=_require(scales, torch.float32, rows, -(-columns // group)),
+        rows=rows,
+        columns=columns,
+        group=group,
+        width=width,
+    )
+
+
+def straight_through(latent: Tensor, scales: Tensor, width: int, dtype: torch.dtype, group: int) -> Tensor:
+    """What `core.grid.straight_through` computes; dtype: float32 or bfloat16."""
+    return _StraightThrough.apply(latent.contiguous(), scales.contiguous(), width, dtype, group)  # type: ignore[no-untyped-call]
+
+
 def dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x·Wᵀ + bias for a 16-bit weight (out, in): (..., out) in x's dtype."""
     return torch.ops.bellbit.dense(x, weight, bias)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from bellbit.core.grid import nearest_levels, spread, straight_through
+from bellbit.core.grid import nearest_levels, spread
+from bellbit.kernels import straight_through
 from bellbit.packed.tensor import PackedTensor
 from bellbit.ptq.methods import pack_levels
 
@@ -21,7 +22,7 @@ class LatentLinear(nn.Module):
     def __init__(self, latent: Tensor, log_scales: Tensor, width: int, bias: Tensor | None) -> None:
         super().__init__()
         self.width = width
-        self.latent, self.log_scales = nn.Parameter(latent), nn.Parameter(log_scales)
+        self.latent, self.log_scales = nn.Parameter(latent.contiguous()), nn.Parameter(log_scales.contiguous())
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
 
     @classmethod
