@@ -225,6 +225,46 @@ void check_dense(const Kernels& k, int64_t rows, int64_t columns) {
   check(k, "bfloat16", Dense{values.data(), rows, columns, true}, dense, k.dense, {}, false);
 }
 
+void check_training(const Kernels& k, int64_t rows, int64_t columns, int width, bool bfloat) {
+  const size_t count = static_cast<size_t>(rows * columns);
+  std::vector<float> latents(count), scales(static_cast<size_t>(rows * ((columns + kBlock - 1) / kBlock)));
+  for (auto& v : latents) v = 4 * uniform();
+  for (auto& v : scales) v = bfloat ? 0.25f : 1.5f + uniform();  // products of a power of two are not rounded
+  const Latents w{latents.data(), scales.data(), rows, columns, kBlock, width};
+  std::vector<float> floats(count), upstream(count), to_latents(count), to_scales(scales.size());
+  std::vector<uint16_t> halves(count), upstream_halves(count);
+  std::vector<double> want(count), want_latents(count), want_scales(scales.size()), sizes(count, 1.0);
+  const double top = 1 << (width - 1);
+  for (size_t i = 0; i < count; i++) {
+    const size_t row = i / static_cast<size_t>(columns), column = i % static_cast<size_t>(columns);
+    const size_t group = row * scales.size() / static_cast<size_t>(rows) + column / kBlock;
+    const double level = std::min(std::max(std::floor(static_cast<double>(latents[i])), -top), top - 1) + 0.5;
+    upstream[i] = static_cast<float>(static_cast<int>(byte()) - 128);  // exact in bfloat16
+    uint32_t bits;
+    std::memcpy(&bits, &upstream[i], sizeof bits);
+    upstream_halves[i] = static_cast<uint16_t>(bits >> 16);
+    want[i] = level * static_cast<double>(scales[group]);
+    want_latents[i] = static_cast<double>(scales[group] * upstream[i]);
+    want_scales[group] += level * static_cast<double>(upstream[i]);
+  }
+  k.weights_of(w, bfloat, bfloat ? static_cast<void*>(halves.data()) : floats.data(), 0, rows);
+  for (size_t i = 0; bfloat && i < count; i++) {
+    const uint32_t bits = static_cast<uint32_t>(halves[i]) << 16;
+    std::memcpy(&floats[i], &bits, sizeof bits);
+  }
+  compare(k.name, "weights in training", rows, columns, floats.data(), want.data(), sizes.data(), rows * columns);
+  sizes.assign(count, 1e4);
+  if (bfloat)
+    k.derivatives_of(w, true, halves.data(), upstream_halves.data(), nullptr, to_scales.data(), 0, rows);
+  else
+    k.derivatives_of(w, false, floats.data(), upstream.data(), to_latents.data(), to_scales.data(), 0, rows);
+  compare(k.name, "scales in training", rows, columns, to_scales.data(), want_scales.data(), sizes.data(),
+          static_cast<int64_t>(scales.size()));
+  if (!bfloat)
+    compare(k.name, "latents in training", rows, columns, to_latents.data(), want_latents.data(), sizes.data(),
+            rows * columns);
+}
+
 void check_hadamard(const Kernels& k, int64_t columns) {
   std::vector<float> x(static_cast<size_t>(2 * columns)), once;
   for (auto& v : x) v = uniform();
@@ -281,6 +321,8 @@ int main() {
         for (const int64_t block : {32, 96, 128, 256, 384})
           for (const bool exponents : {false, true}) check_codebook(*list[i], rows, columns, block, exponents);
         check_dense(*list[i], rows, columns);
+        for (const int width : {1, 2, 4})
+          for (const bool bfloat : {false, true}) check_training(*list[i], rows, columns, width, bfloat);
       }
       check_hadamard(*list[i], columns);
       check_widen(*list[i], columns);

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from bellbit import quantize_weight
+from bellbit.core import grid
 from bellbit.core.activations import quantize_activations
 from bellbit.core.hadamard import hadamard
 from bellbit.kernels import native, reference
@@ -94,6 +95,36 @@ def test_rotation(instruction_set, width):
     grad = torch.randn(2, 3, width)
     native.rotate(x).backward(grad)
     check(x.grad, hadamard(grad), width)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [1, 2, 3, 4])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_weights_in_training(instruction_set, shape, width, dtype):
+    """The same weights to the last bit; derivatives as those of the reference on the weights' own values."""
+    generator = torch.Generator().manual_seed(shape[1])
+    latent = 2 * torch.randn(shape, generator=generator)
+    latent[0, 0], latent[-1, -1] = 0.0, 100.0
+    scales = torch.rand(shape[0], -(-shape[1] // 128), generator=generator) + 0.01
+    upstream = torch.randn(shape, generator=generator).to(dtype)
+
+    def run(function, dtype):
+        given = latent.clone().requires_grad_(), scales.clone().requires_grad_()
+        weight = function(*given, width, dtype, 128)
+        weight.backward(upstream.to(dtype))
+        return weight.detach(), given[0].grad, given[1].grad
+
+    actual, wrt_latent, wrt_scales = run(native.straight_through, dtype)
+    assert torch.equal(actual, run(grid.straight_through, dtype)[0])
+    _, exact_latent, exact_scales = run(grid.straight_through, torch.float32)
+    check(wrt_latent, exact_latent, "latents")
+    check(wrt_scales, exact_scales, "scales", TOLERANCE if dtype == torch.float32 else 2**-8)  # weights are rounded
+
+
+def test_frozen_latents_get_no_gradient(instruction_set):
+    latent, scales = torch.randn(4, 200), torch.ones(4, 2, requires_grad=True)
+    native.straight_through(latent, scales, 1, torch.bfloat16, 128).sum().backward()
+    assert latent.grad is None and scales.grad.shape == (4, 2)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

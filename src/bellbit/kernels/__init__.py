@@ -80,9 +80,7 @@ def dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return native.dense(x, weight, bias) if fits else torch.nn.functional.linear(x, weight.to(x.dtype), bias)
 
 
-def straight_through(
-    latent: Tensor, scales: Tensor, width: int, dtype: torch.dtype, group: int = grid.GROUP
-) -> Tensor:
+def straight_through(latent: Tensor, scales: Tensor, width: int, dtype: torch.dtype, group: int = grid.GROUP) -> Tensor:
     """The weight s·ℓ(latent) of a layer in training, differentiable in both; see `core.grid.straight_through`."""
     fits = latent.device.type == "cpu" and native.BUILT and dtype in (torch.float32, torch.bfloat16)
     return (native if fits else grid).straight_through(latent, scales, width, dtype, group)
