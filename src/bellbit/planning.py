@@ -22,7 +22,7 @@ from bellbit.packed.linears import unfuse
 from bellbit.ptq.blocks import skeleton
 from bellbit.ptq.budget import stored_bits
 from bellbit.ptq.families import check_foldable, family_of
-from bellbit.ptq.ladder import EFFORTS, TRAINING_BYTES, WEIGHT_SECONDS, bf16_pays, own_windows, widths_alike
+from bellbit.ptq.ladder import TRAINING_BYTES, WEIGHT_SECONDS, bf16_pays, epochs_of, own_windows, widths_alike
 from bellbit.ptq.loop import linear_shapes, weight_of
 from bellbit.ptq.methods import METHODS, Settings
 from bellbit.ptq.quantize import check_samples, reads_whole
@@ -96,9 +96,10 @@ def plan(
         "all blocks" if whole else "one block": item * (sum if whole else max)(sizes.blocks),
         "hidden states": 0 if offload else chains * item * tokens * config.hidden_size,
     }
+    again = output if whole else output - int(sizes.weights * bits / 8 * (1 - 1 / len(sizes.blocks)))
     moments = {
         **_moments(sizes, settings, whole, item, at_once, config.num_attention_heads * length),
-        "the checkpoint, loaded again": output,
+        "the checkpoint, loaded again": again,
     }
     if own:  # before anything else is there
         moments["the model that writes text"] = item * sizes.parameters - sum(resident.values())
@@ -229,7 +230,5 @@ def _seconds(
         found["Hessians"] = sum(tokens * width**2 + 4 / 3 * width**3 for width in widths) / speed
     found[settings.method] = trial + sum(rows * width**2 for rows, width in sizes.shapes.values()) / speed
     if method.climbs:
-        effort = EFFORTS[settings.effort]
-        epochs = effort.epochs * ("blocks" in settings.rungs) + effort.distilled * ("distill" in settings.rungs)
-        found["training"] = epochs * tokens * sizes.weights * (6 / speed + WEIGHT_SECONDS)
+        found["training"] = sum(epochs_of(settings)) * tokens * sizes.weights * (6 / speed + WEIGHT_SECONDS)
     return found

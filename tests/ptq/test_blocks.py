@@ -3,10 +3,12 @@
 import errno
 import json
 import os
+from contextlib import contextmanager
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 import bellbit
 from bellbit.errors import BellbitError
@@ -14,11 +16,12 @@ from bellbit.loading import load_config, load_model, locate
 from bellbit.packed.linears import unfuse
 from bellbit.packed.save import round_unquantized
 from bellbit.ptq import loop, quantize
-from bellbit.ptq.blocks import BlocksFromFiles, skeleton
+from bellbit.ptq.blocks import BlocksFromFiles, KeptBlocks, skeleton
 from bellbit.ptq.families import family_of, linear_names
-from conftest import CONFIGS
+from conftest import CONFIGS, random_model
 
 TEXT = {"samples": 4, "seq_len": 64}
+PROBE = torch.arange(20)[None]
 
 
 def opened(folder, dtype="float32"):
@@ -101,6 +104,34 @@ def test_never_more_than_one_block_is_in_memory(tiny_model, english, tmp_path, m
     ]
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "mixtral", "opt", "gpt2", "falcon"])
+def test_a_checkpoint_runs_block_by_block_as_it_does_whole(name, tiny_model, english, tmp_path, monkeypatch):
+    """So the check at the end needs no more memory than a block; and what it runs is what users will load."""
+    found = []
+    original = KeptBlocks.reopened
+
+    @contextmanager
+    def spy(kept, folder):
+        with original(kept, folder) as model:
+
+            def held(block, *_):
+                blocks = model.get_submodule(kept.blocks.family.blocks)
+                found.append(sum(any(not t.is_meta for t in other.state_dict().values()) for other in blocks))
+
+            for block in model.get_submodule(kept.blocks.family.blocks):
+                block.register_forward_hook(held, prepend=True)
+            with torch.no_grad():
+                found.append(model(PROBE, use_cache=False).logits)
+            yield model
+
+    monkeypatch.setattr(KeptBlocks, "reopened", spy)
+    bellbit.quantize(tiny_model(name), tmp_path / "out", "gptq", calib=str(english), **TEXT)
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(PROBE, use_cache=False).logits
+    assert found[:2] == [1, 1]
+    assert torch.equal(found[2], expected)
+
+
 def test_every_linear_has_its_line_in_the_log(tiny_model, english, tmp_path):
     for method, options in (("dbellquant", {"ltdb_steps": 3}), ("bellbit", {"effort": "fast"})):
         out = tmp_path / method
@@ -136,6 +167,16 @@ def test_a_missing_weight_is_named(tiny_model, tmp_path):
     blocks.take_up(0)
     with pytest.raises(BellbitError, match=r"lacks the tensor 'model\.layers\.1\.mlp\.up_proj\.weight'"):
         blocks.take_up(1)
+
+
+def test_a_weight_that_most_blocks_have_is_missed_before_anything_is_read(tmp_path):
+    config = CONFIGS["llama"]()
+    config.num_hidden_layers = 3
+    whole = random_model(config)
+    state = {key: tensor for key, tensor in whole.state_dict().items() if "layers.2.mlp.up_proj" not in key}
+    whole.save_pretrained(tmp_path / "model", state_dict=state)
+    with pytest.raises(BellbitError, match=r"lacks the tensor 'model\.layers\.2\.mlp\.up_proj\.weight'"):
+        BlocksFromFiles(locate(str(tmp_path / "model")), "float32", config, family_of(config))
 
 
 def test_a_folder_that_cannot_be_made_is_said(tiny_model):

@@ -13,11 +13,10 @@ from torch import Tensor
 
 from bellbit.core.compensate import blocks
 from bellbit.core.grid import GROUP
-from bellbit.core.ltdb import initial_scales
+from bellbit.core.ltdb import EPSILON, initial_scales
 
 Start = Literal["rank1", "mean", "maxima", "none"]
 STARTS: tuple[Start, ...] = get_args(Start)
-EPSILON = 0.85  # of LTDB
 ROUNDS = 8  # of αʳ and αᶜ in turn, which converge like a power iteration
 
 
@@ -26,7 +25,7 @@ def column_scales(weight: Tensor, importance: Tensor, start: Start, group: int =
 
     `rank1`: αᶜ of ARB-LLM_RC (arXiv 2410.03129 §3.3), the least squares of Σ h·(|w| − αʳ·αᶜ)², αʳ per row and group.
     `mean`: αᶜ = mean|w| of the column. `maxima`: what LTDB starts from (DBellQuant, arXiv 2507.01027 §3.3),
-    αᶜ = max|w|^(1−ε) / √h^ε with ε = .85, the inputs' root mean square for their maximum. `none`: 1.
+    αᶜ = max|w|^(1−ε) / √h^ε with LTDB's ε, the inputs' root mean square for their maximum. `none`: 1.
     A column of zeros gets 1.
     weight: (rows, in), of all linears that share the columns. importance: h (in,), mean squares of the inputs.
     """

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from bellbit.core.compensate import blocks
 
+EPSILON = 0.85  # migration strength where nothing else is said
 LEARNING_RATE = 0.01
 SMALLEST_TARGET = 1e-12  # 1/τ² overflows float32 below 1e-19, and one such row would stop the whole block
 SMALLEST_SCALE = 1e-5
@@ -114,7 +115,7 @@ def learn_block(weight: Tensor, scales: Tensor, steps: int) -> Tensor:
 def learn_column_scales(
     weights: Sequence[Tensor],
     act_absmax: Tensor,
-    epsilon: float = 0.85,
+    epsilon: float = EPSILON,
     steps: int = 200,
     block_size: int = 128,
 ) -> Tensor:

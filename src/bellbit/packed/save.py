@@ -7,9 +7,9 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -95,6 +95,19 @@ def quantization_config(
     return BellbitConfig(method, layouts, modules, act_bits, act_scope, rounded, rule, provenance=provenance)
 
 
+class Apart(Protocol):
+    """What there is of a model whose decoder blocks are not in memory."""
+
+    def tensor(self, name: str) -> Tensor:
+        """One of a block, by its full name."""
+
+    def running(self) -> AbstractContextManager[None]:
+        """Inside, the model runs all the same."""
+
+    def reopened(self, folder: Path) -> AbstractContextManager[Any]:
+        """A model that runs from a checkpoint in `folder`, no more of it in memory than need be."""
+
+
 class StoredTensors(Mapping[str, Tensor]):
     """What a checkpoint of a model holds, by name; tied tensors once, matrices in 16 bits where that is exact."""
 
@@ -127,13 +140,12 @@ def save_checkpoint(
     target: Path,
     overwrite: bool,
     probe: Tensor,
-    read: Callable[[str], Tensor] | None = None,
-    running: Callable[[], AbstractContextManager[None]] = nullcontext,
+    apart: Apart | None = None,
 ) -> None:
     """Write everything beside `target`, load it again, compare logits, and only then rename it into place.
 
-    config: None for a model that is not quantized. probe: token ids (n,) to compare logits on. read: a tensor that is
-    not in memory, by its full name; `running()`: inside, the model runs all the same.
+    config: None for a model that is not quantized. probe: token ids (n,) to compare logits on. apart: decoder blocks
+    that are not in memory.
     Raises BellbitError if the disk is full or the reloaded model does not give the same logits.
     """
     folder = None
@@ -141,7 +153,7 @@ def save_checkpoint(
         target.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
         folder.chmod(0o755)
-        write_shards(StoredTensors(model, read), folder)
+        write_shards(StoredTensors(model, None if apart is None else apart.tensor), folder)
         if config is not None:
             model.config.quantization_config = config
         model.config.dtype = model.dtype
@@ -152,8 +164,7 @@ def save_checkpoint(
         tokenizer.save_pretrained(folder)
         for file in folder.iterdir():
             file.chmod(0o644)  # safetensors writes for the owner alone
-        with running():
-            _check_reload(model, folder, probe)
+        _check_reload(model, folder, probe, apart)
         _put_in_place(folder, target, overwrite)
     except (OSError, SafetensorError) as error:
         raise BellbitError(
@@ -164,11 +175,15 @@ def save_checkpoint(
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _check_reload(model: Any, folder: Path, probe: Tensor) -> None:
+def _check_reload(model: Any, folder: Path, probe: Tensor, apart: Apart | None) -> None:
     from transformers import AutoModelForCausalLM
 
-    reloaded = AutoModelForCausalLM.from_pretrained(folder).eval()
-    with torch.no_grad():
+    with torch.no_grad(), ExitStack() as opened:
+        if apart is None:
+            reloaded = AutoModelForCausalLM.from_pretrained(folder).eval()
+        else:
+            opened.enter_context(apart.running())
+            reloaded = opened.enter_context(apart.reopened(folder))
         before, after = (network(probe[None], use_cache=False).logits for network in (model, reloaded))
     difference = float((before - after).abs().max() / before.abs().max())
     if not difference <= RELOAD_TOLERANCE:

@@ -5,20 +5,24 @@ from __future__ import annotations
 import copy
 import hashlib
 import re
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from bellbit.errors import BellbitError, first_line
 from bellbit.loading import Location, compute_dtype, quiet
 from bellbit.memory import map_large_arrays, release_memory
 from bellbit.packed.checkpoint import read_headers
+from bellbit.packed.half import settle_half
+from bellbit.packed.hf import BellbitConfig, BellbitQuantizer
 from bellbit.packed.linears import unfuse
-from bellbit.packed.save import round_unquantized
+from bellbit.packed.save import Apart, round_unquantized
 from bellbit.ptq.families import Family
 from bellbit.ptq.resume import Saved
 
@@ -49,6 +53,10 @@ class Blocks:
         self.all[index].to("cpu")
         release_memory()
 
+    def kept(self, saved: Saved) -> Apart | None:
+        """What a run has kept of blocks that are not in memory when it is done."""
+        return None
+
 
 class BlocksFromFiles(Blocks):
     """Those of a model of which the rest alone is in memory; a block has weights from when it is taken up to when it is
@@ -72,6 +80,8 @@ class BlocksFromFiles(Blocks):
         self.dtype = compute_dtype(dtype, config)
         super().__init__(skeleton(config, self.dtype), family)
         self._conversions = get_model_conversion_mapping(self.model)
+        self._inside = re.compile(rf"(?:^|\.){re.escape(family.blocks.rpartition('.')[2])}\.(\d+)\.")
+        self._check_names()
         missing = self._fill(None)
         self.model.tie_weights(missing_keys=missing)  # what has values of its own in the files keeps them
         self._check_there(lambda name: not name.startswith(f"{family.blocks}."))
@@ -93,6 +103,9 @@ class BlocksFromFiles(Blocks):
         forget(self.all[index])
         release_memory()
 
+    def kept(self, saved: Saved) -> Apart | None:
+        return KeptBlocks(self, saved)
+
     def fingerprint(self) -> str:
         """What tells this model from another: 16 hex digits of SHA-256 over the first bytes of every tensor."""
         digest = hashlib.sha256()
@@ -102,6 +115,25 @@ class BlocksFromFiles(Blocks):
                 digest.update(name.encode() + stream.read(min(stored.nbytes, HASHED)))
         return digest.hexdigest()[:16]
 
+    def _check_names(self) -> None:
+        """Raise BellbitError for the first tensor that one block lacks and most of its kind have, hours before its turn.
+
+        Names are those of the files. What all blocks lack is missed when the first is taken up.
+        """
+        found: list[set[str]] = [set() for _ in self.all]
+        for name in read_headers(self.files):
+            if (place := self._inside.search(name)) is not None and int(place[1]) < len(found):
+                found[int(place[1])].add(f"{name[: place.start(1)]}{{}}{name[place.end(1) :]}")
+        kinds: dict[tuple[str, ...], list[int]] = {}
+        for index, block in enumerate(self.all):
+            kinds.setdefault(tuple(block.state_dict()), []).append(index)
+        for alike in kinds.values():
+            counts = Counter(name for index in alike for name in found[index])
+            usual = {name for name, count in counts.items() if count > len(alike) / 2}
+            for index in alike:
+                for name in sorted(usual - found[index]):
+                    raise BellbitError(f"{self.location.spec!r} lacks the tensor {name.format(index)!r}")
+
     def _check_there(self, wanted: Callable[[str], bool]) -> None:
         """Raise BellbitError for the first tensor of the wanted ones that has no values."""
         for name, tensor in self.model.state_dict().items():
@@ -110,18 +142,16 @@ class BlocksFromFiles(Blocks):
 
     def _fill(self, index: int | None) -> set[str]:
         """Read a block, or without an index all that is in none. Returns the names of what was not read."""
-        from safetensors import safe_open
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
         from transformers.modeling_utils import LoadStateDictConfig
 
-        inside = re.compile(rf"(?:^|\.){re.escape(self.family.blocks.rpartition('.')[2])}\.(\d+)\.")
         try:
             with ExitStack() as opened:
                 found = {}
                 for file in self.files:
                     stream = opened.enter_context(safe_open(file, framework="pt"))
                     for key in stream.keys():  # noqa: SIM118
-                        place = inside.search(key)
+                        place = self._inside.search(key)
                         if (None if place is None else int(place[1])) == index:
                             found[key] = stream.get_slice(key)
                 how = LoadStateDictConfig(dtype=self.dtype, weight_mapping=self._conversions)
@@ -185,35 +215,74 @@ def forget(block: nn.Module) -> None:
                 module._buffers[name] = buffer.to("meta")
 
 
-class KeptBlocks:
-    """What a run has made of the blocks of a model, for what comes after it."""
+@contextmanager
+def block_by_block(blocks: Mapping[str, nn.Module], read: Callable[[str], Mapping[str, Tensor]]) -> Iterator[None]:
+    """Inside, a model runs although its blocks have no weights: each gets them when it runs, and loses them after.
 
-    def __init__(self, blocks: Blocks, saved: Saved) -> None:
+    read: what a block holds, by its name in `blocks`.
+    """
+
+    def filling(name: str) -> Callable[..., None]:
+        return lambda block, _: put(block, read(name))
+
+    with ExitStack() as handles:
+        for name, block in blocks.items():
+            handles.callback(block.register_forward_pre_hook(filling(name)).remove)
+            handles.callback(block.register_forward_hook(lambda block, *_: forget(block)).remove)
+        yield
+
+
+def put(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Give a module on the meta device its tensors, in the dtypes that it has there; it may hold others besides."""
+    declared = module.state_dict()
+    module.load_state_dict(
+        {name: tensor.to(declared[name].dtype) for name, tensor in tensors.items()}, strict=False, assign=True
+    )
+
+
+class KeptBlocks:
+    """What a run has made of the blocks of a model that it read one by one, for what comes after it: an `Apart`."""
+
+    def __init__(self, blocks: BlocksFromFiles, saved: Saved) -> None:
         self.blocks, self.saved = blocks, saved
 
     def tensor(self, name: str) -> Tensor:
-        """One of a block by its full name."""
         index, _, rest = name.removeprefix(f"{self.blocks.family.blocks}.").partition(".")
         return self.saved.one(self.blocks.name(int(index)), rest)
 
+    def running(self) -> AbstractContextManager[None]:
+        def read(name: str) -> Mapping[str, Tensor]:
+            found = self.saved.load(name)
+            assert found is not None
+            return found[0]
+
+        return block_by_block(dict(zip(self._names(), self.blocks.all, strict=True)), read)
+
     @contextmanager
-    def running(self) -> Iterator[None]:
-        """Inside, the model runs although blocks have no weights: each gets them when it runs, and loses them after."""
+    def reopened(self, folder: Path) -> Iterator[Any]:
+        from transformers import AutoConfig
 
-        def fill(name: str) -> Callable[..., None]:
-            def hook(block: nn.Module, _: Any) -> None:
-                found = self.saved.load(name)
-                assert found is not None
-                block.load_state_dict(found[0], assign=True)
+        config = AutoConfig.from_pretrained(folder)
+        model = skeleton(config, config.dtype)
+        files = sorted(folder.glob("*.safetensors"))
+        loader = BellbitQuantizer(BellbitConfig(**config.quantization_config))
+        loader._process_model_before_weight_loading(model, [str(file) for file in files])
+        stored = read_headers(files)
 
-            return hook
+        def read(wanted: Callable[[str], bool], prefix: str = "") -> dict[str, Tensor]:
+            found = {}
+            for name in filter(wanted, stored):
+                with safe_open(stored[name].file, framework="pt") as stream:
+                    found[name.removeprefix(prefix)] = stream.get_tensor(name)
+            return found
 
-        def empty(block: nn.Module, *_: Any) -> None:
-            forget(block)
+        inside = f"{self.blocks.family.blocks}."
+        put(model, read(lambda name: not name.startswith(inside)))
+        model.tie_weights()
+        settle_half(model)
+        blocks = dict(zip(self._names(), model.get_submodule(self.blocks.family.blocks).children(), strict=True))
+        with block_by_block(blocks, lambda block: read(lambda name: name.startswith(f"{block}."), f"{block}.")):
+            yield model
 
-        with ExitStack() as handles:
-            for index, block in enumerate(self.blocks.all):
-                if isinstance(self.blocks, BlocksFromFiles):
-                    handles.callback(block.register_forward_pre_hook(fill(self.blocks.name(index))).remove)
-                    handles.callback(block.register_forward_hook(empty).remove)
-            yield
+    def _names(self) -> list[str]:
+        return [self.blocks.name(index) for index in range(len(self.blocks.all))]

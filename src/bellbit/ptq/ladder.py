@@ -109,10 +109,8 @@ def climb(
     most_fallbacks: see `Run.check`. offload: folder for hidden states. log: told of each block.
     """
     model, family = blocks.model, blocks.family
-    effort = EFFORTS[settings.effort]
     bf16 = bf16_pays(device)
-    epochs = effort.epochs if "blocks" in settings.rungs else 0
-    distilled = _distilled(settings)
+    epochs, distilled = epochs_of(settings)
     if shapes is None:
         shapes = linear_shapes(model, family)
     # in epochs of reconstruction of the demo model
@@ -144,13 +142,15 @@ def climb(
     return run
 
 
-def _distilled(settings: Settings) -> int:
-    return EFFORTS[settings.effort].distilled if "distill" in settings.rungs else 0
+def epochs_of(settings: Settings) -> tuple[int, int]:
+    """Of reconstruction and of distillation."""
+    effort = EFFORTS[settings.effort]
+    return effort.epochs * ("blocks" in settings.rungs), effort.distilled * ("distill" in settings.rungs)
 
 
 def takes_whole(settings: Settings, shapes: Mapping[str, Sequence[int]]) -> bool:
     """Whether the model must be in memory whole: for distillation, or to measure what deserves more bits."""
-    return _distilled(settings) > 0 or len(set(widths_alike(settings, shapes).values())) > 1
+    return epochs_of(settings)[1] > 0 or len(set(widths_alike(settings, shapes).values())) > 1
 
 
 def widths_alike(settings: Settings, shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
@@ -200,7 +200,7 @@ def _quantize_blocks(
 
     plan: of the first block; the seed counts on, and the rates are those of the block's width.
     """
-    run, targets = Run(), stream.targets()
+    run, targets, distilled = Run(), stream.targets(), epochs_of(settings)[1]
     family, count = blocks.family, len(blocks.all)
     streaming = not all(saved.has(blocks.name(index)) for index in range(count))
     for index in range(count):
@@ -233,7 +233,7 @@ def _quantize_blocks(
             seconds = time.perf_counter() - started
             sizes = {linear: layer.latent.numel() for linear, layer in latent_linears(block).items()}
             done.seconds = {linear: seconds * size / sum(sizes.values()) for linear, size in sizes.items()}
-            if not _distilled(settings):
+            if not distilled:
                 _pack(block)
             saved.keep(name, block.state_dict(), **asdict(done), layers=layers_of(block))
         run.add(name, done)
@@ -242,7 +242,7 @@ def _quantize_blocks(
         if streaming and index < count - 1:
             stream.run(block, stream.inputs, ignore)
         del block
-        if not _distilled(settings):
+        if not distilled:
             blocks.put_down(index)
     return run
 

@@ -16,6 +16,7 @@ from bellbit.core.braq import braq
 from bellbit.core.columns import STARTS, Start
 from bellbit.core.grid import first_codes
 from bellbit.core.hessian import InverseFactor, inverse_factor
+from bellbit.core.ltdb import EPSILON
 from bellbit.core.partial import pb_llm
 from bellbit.core.rowcolumn import arb_rc
 from bellbit.core.search import METRICS, Metric
@@ -53,7 +54,7 @@ class Settings:
     block_size: int = 128
     metric: Metric = "hessian"
     compensate: bool = True
-    epsilon: float = 0.85
+    epsilon: float = EPSILON
     ltdb: Ltdb = "auto"
     ltdb_steps: int = 200
     scale_bits: int = 16

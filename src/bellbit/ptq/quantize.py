@@ -35,7 +35,7 @@ from bellbit.packed.linears import unfuse
 from bellbit.packed.save import check_output, quantization_config, round_unquantized, save_checkpoint
 from bellbit.processes import processes
 from bellbit.ptq.attention import fast_attention
-from bellbit.ptq.blocks import Blocks, BlocksFromFiles, KeptBlocks, check_finite, skeleton
+from bellbit.ptq.blocks import Blocks, BlocksFromFiles, check_finite, skeleton
 from bellbit.ptq.discover import discover
 from bellbit.ptq.families import FAMILIES, Family, check_foldable, family_of
 from bellbit.ptq.ladder import EFFORTS, bf16_pays, climb, own_windows, takes_whole
@@ -198,9 +198,8 @@ def quantize(
     described = quantization_config(network, method, settings.resolved_scope, settings.act_bits, provenance)
     probe = torch.arange(min(PROBE_TOKENS, config.vocab_size)) if windows is None else windows[0, :PROBE_TOKENS]
 
-    kept = KeptBlocks(blocks, saved)
     if team.is_main_process:
-        save_checkpoint(network, tokenizer, described, target, overwrite, probe, kept.tensor, kept.running)
+        save_checkpoint(network, tokenizer, described, target, overwrite, probe, blocks.kept(saved))
         log.file.replace(log_file(target))
         saved.remove()
     team.wait_for_everyone()
