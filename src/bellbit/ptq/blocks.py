@@ -116,7 +116,7 @@ class BlocksFromFiles(Blocks):
         return digest.hexdigest()[:16]
 
     def _check_names(self) -> None:
-        """Raise BellbitError for the first tensor that one block lacks and most of its kind have, hours before its turn.
+        """Raise BellbitError for the first tensor that one block lacks and most of its kind have; its turn may be hours off.
 
         Names are those of the files. What all blocks lack is missed when the first is taken up.
         """
