@@ -116,9 +116,9 @@ class BlocksFromFiles(Blocks):
         return digest.hexdigest()[:16]
 
     def _check_names(self) -> None:
-        """Raise BellbitError for the first tensor that one block lacks and most of its kind have; its turn may be hours off.
+        """Raise BellbitError for the first tensor that one block lacks and most of its kind have.
 
-        Names are those of the files. What all blocks lack is missed when the first is taken up.
+        That block's turn may be hours off. Names are those of the files. What all lack is missed in the first.
         """
         found: list[set[str]] = [set() for _ in self.all]
         for name in read_headers(self.files):
