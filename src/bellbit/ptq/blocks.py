@@ -267,13 +267,14 @@ class KeptBlocks:
         files = sorted(folder.glob("*.safetensors"))
         loader = BellbitQuantizer(BellbitConfig(**config.quantization_config))
         loader._process_model_before_weight_loading(model, [str(file) for file in files])
-        stored = read_headers(files)
 
         def read(wanted: Callable[[str], bool], prefix: str = "") -> dict[str, Tensor]:
-            found = {}
-            for name in filter(wanted, stored):
-                with safe_open(stored[name].file, framework="pt") as stream:
-                    found[name.removeprefix(prefix)] = stream.get_tensor(name)
+            found: dict[str, Tensor] = {}
+            for file in files:  # not kept open: what is mapped counts as memory in use
+                with safe_open(file, framework="pt") as stream:
+                    found |= {
+                        name.removeprefix(prefix): stream.get_tensor(name) for name in filter(wanted, stream.keys())
+                    }
             return found
 
         inside = f"{self.blocks.family.blocks}."
