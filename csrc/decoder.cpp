@@ -57,24 +57,15 @@ void Decoder::rotate(float* heads, int64_t count, const float* norm, int64_t pos
 void Decoder::attend(size_t block, int64_t position, int threads) {
   const int64_t length = position + 1, group = heads_ / key_heads_;
   scores_.resize(static_cast<size_t>(heads_ * length));
-  struct Call {
-    Decoder& self;
-    const float *keys, *values;
-    int64_t length, group;
-  } const call{*this, keys_[block].data(), values_[block].data(), length, group};
+  const float *keys = keys_[block].data(), *values = values_[block].data();
   const int64_t grain = std::max<int64_t>(1, (1 << 15) / (length * head_size_));  // some 5 µs of work
-  parallel_for(
-      heads_, grain, threads,
-      [](const void* context, int64_t first, int64_t last) {
-        const Call& c = *static_cast<const Call*>(context);
-        Decoder& d = c.self;
-        for (int64_t h = first; h < last; h++) {
-          const int64_t offset = h / c.group * d.capacity_ * d.head_size_;
-          chosen().attend(d.q_.data() + h * d.head_size_, c.keys + offset, c.values + offset, c.length, d.head_size_,
-                          d.scale_, d.scores_.data() + h * c.length, d.mixed_.data() + h * d.head_size_);
-        }
-      },
-      &call);
+  parallel_for(heads_, grain, threads, [&](int64_t first, int64_t last) {
+    for (int64_t h = first; h < last; h++) {
+      const int64_t offset = h / group * capacity_ * head_size_;
+      chosen().attend(q_.data() + h * head_size_, keys + offset, values + offset, length, head_size_, scale_,
+                      scores_.data() + h * length, mixed_.data() + h * head_size_);
+    }
+  });
 }
 
 void Decoder::step(int64_t token, int64_t position, float* logits, int threads) {

@@ -78,38 +78,17 @@ void run(const W& w, const Input& in, const float* bias, float* y, int threads) 
   }
   if constexpr (std::is_same_v<W, Codebook>)
     if (w.block_size % kBlock == 0) arrange(w, x);
-  struct Call {
-    decltype(kernel_of(w)) kernel;
-    const W& weight;
-    const Activations& input;
-    const float* offset;
-    float* output;
-  } const call{kernel_of(w), w, x, bias, y};
-  parallel_for(
-      w.rows, grain(w.columns), threads,
-      [](const void* context, int64_t first, int64_t last) {
-        const Call& c = *static_cast<const Call*>(context);
-        c.kernel(c.weight, c.input, c.offset, c.output, first, last);
-      },
-      &call);
+  const auto kernel = kernel_of(w);
+  parallel_for(w.rows, grain(w.columns), threads,
+               [&](int64_t first, int64_t last) { kernel(w, x, bias, y, first, last); });
 }
 
 template <class W>
 void unpack_rows(void (*kernel)(const W&, float*, int64_t, int64_t), const W& w, float* out, int64_t first,
                  int64_t last, int threads) {
-  struct Call {
-    decltype(kernel) function;
-    const W& weight;
-    float* output;
-    int64_t offset;
-  } const call{kernel, w, out, first};
-  parallel_for(
-      last - first, grain(w.columns), threads,
-      [](const void* context, int64_t begin, int64_t end) {
-        const Call& c = *static_cast<const Call*>(context);
-        c.function(c.weight, c.output + begin * c.weight.columns, c.offset + begin, c.offset + end);
-      },
-      &call);
+  parallel_for(last - first, grain(w.columns), threads, [&](int64_t begin, int64_t end) {
+    kernel(w, out + begin * w.columns, first + begin, first + end);
+  });
 }
 
 }  // namespace
@@ -126,49 +105,21 @@ void unpack(const Weight& weight, float* out, int64_t first, int64_t last, int t
 }
 
 void rotate(float* x, int64_t tokens, int64_t columns, int threads) {
-  struct Call {
-    float* x;
-    int64_t columns;
-  } const call{x, columns};
-  parallel_for(
-      tokens, grain(columns), threads,
-      [](const void* context, int64_t first, int64_t last) {
-        const Call& c = *static_cast<const Call*>(context);
-        chosen().hadamard(c.x + first * c.columns, last - first, c.columns);
-      },
-      &call);
+  parallel_for(tokens, grain(columns), threads, [&](int64_t first, int64_t last) {
+    chosen().hadamard(x + first * columns, last - first, columns);
+  });
 }
 
 void weights_of(const Latents& latents, bool bfloat, void* out, int threads) {
-  struct Call {
-    const Latents& latents;
-    bool bfloat;
-    void* out;
-  } const call{latents, bfloat, out};
-  parallel_for(
-      latents.rows, grain(latents.columns), threads,
-      [](const void* context, int64_t first, int64_t last) {
-        const Call& c = *static_cast<const Call*>(context);
-        chosen().weights_of(c.latents, c.bfloat, c.out, first, last);
-      },
-      &call);
+  parallel_for(latents.rows, grain(latents.columns), threads,
+               [&](int64_t first, int64_t last) { chosen().weights_of(latents, bfloat, out, first, last); });
 }
 
 void derivatives_of(const Latents& latents, bool bfloat, const void* weights, const void* gradient, float* to_latents,
                     float* to_scales, int threads) {
-  struct Call {
-    const Latents& latents;
-    bool bfloat;
-    const void *weights, *gradient;
-    float *to_latents, *to_scales;
-  } const call{latents, bfloat, weights, gradient, to_latents, to_scales};
-  parallel_for(
-      latents.rows, grain(latents.columns), threads,
-      [](const void* context, int64_t first, int64_t last) {
-        const Call& c = *static_cast<const Call*>(context);
-        chosen().derivatives_of(c.latents, c.bfloat, c.weights, c.gradient, c.to_latents, c.to_scales, first, last);
-      },
-      &call);
+  parallel_for(latents.rows, grain(latents.columns), threads, [&](int64_t first, int64_t last) {
+    chosen().derivatives_of(latents, bfloat, weights, gradient, to_latents, to_scales, first, last);
+  });
 }
 
 }  // namespace bellbit

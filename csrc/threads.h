@@ -9,4 +9,13 @@ namespace bellbit {
 void parallel_for(int64_t count, int64_t grain, int threads, void (*work)(const void* context, int64_t first, int64_t last),
                   const void* context);
 
+// The same with work(first, last), anything that can be called so.
+template <class Work>
+void parallel_for(int64_t count, int64_t grain, int threads, const Work& work) {
+  const auto call = [](const void* context, int64_t first, int64_t last) {
+    (*static_cast<const Work*>(context))(first, last);
+  };
+  parallel_for(count, grain, threads, call, &work);
+}
+
 }  // namespace bellbit

@@ -77,6 +77,7 @@ class BlocksFromFiles(Blocks):
         map_large_arrays()
         self.location = location
         self.files = checkpoint_files(location)
+        self._headers = read_headers(self.files)
         self.dtype = compute_dtype(dtype, config)
         super().__init__(skeleton(config, self.dtype), family)
         self._conversions = get_model_conversion_mapping(self.model)
@@ -109,7 +110,7 @@ class BlocksFromFiles(Blocks):
     def fingerprint(self) -> str:
         """What tells this model from another: 16 hex digits of SHA-256 over the first bytes of every tensor."""
         digest = hashlib.sha256()
-        for name, stored in sorted(read_headers(self.files).items()):
+        for name, stored in sorted(self._headers.items()):
             with stored.file.open("rb") as stream:
                 stream.seek(stored.start)
                 digest.update(name.encode() + stream.read(min(stored.nbytes, HASHED)))
@@ -121,7 +122,7 @@ class BlocksFromFiles(Blocks):
         That block's turn may be hours off. Names are those of the files. What all lack is missed in the first.
         """
         found: list[set[str]] = [set() for _ in self.all]
-        for name in read_headers(self.files):
+        for name in self._headers:
             if (place := self._inside.search(name)) is not None and int(place[1]) < len(found):
                 found[int(place[1])].add(f"{name[: place.start(1)]}{{}}{name[place.end(1) :]}")
         kinds: dict[tuple[str, ...], list[int]] = {}
