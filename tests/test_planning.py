@@ -1,6 +1,7 @@
 """The plan of a quantization, against what the quantization is."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from typer.testing import CliRunner
@@ -11,6 +12,7 @@ from bellbit.errors import BellbitError
 from bellbit.inspection import inspect
 from bellbit.loading import locate
 from bellbit.planning import plan
+from bellbit.report import plan_table
 
 TEXT = {"samples": 4, "seq_len": 64}
 
@@ -60,6 +62,12 @@ def test_the_command_line_plans_and_runs_nothing(tiny_model, tmp_path):
     shown = CliRunner().invoke(app, ["quantize", str(tiny_model("llama")), "--plan", "--samples", "4"]).stdout
     for words in ("memory at most, about", "time here, about", "checkpoint, about", "one block at a time"):
         assert words in shown
+
+
+def test_memory_of_a_gpu_is_said_to_be_in_the_sum(tiny_model):
+    told = plan(str(tiny_model("llama")), "sign")
+    assert told.device == "cpu" and "memory at most, about" in plan_table(told).columns[0]._cells
+    assert "memory at most, about, here and on cuda" in plan_table(replace(told, device="cuda")).columns[0]._cells
 
 
 def test_without_a_plan_out_must_be_given(tiny_model):

@@ -40,11 +40,13 @@ class Plan:
     """weights: that are quantized; rest: that are not. blocks: how many.
 
     whole: whether all weights are in memory at once, or those of one block. memory: bytes by what takes them, which are
-    there together at the worst moment. bits_per_weight, output_bytes: of the checkpoint. seconds: by what takes them.
+    there together at the worst moment, in the host's memory and the device's together. bits_per_weight, output_bytes:
+    of the checkpoint. seconds: by what takes them.
     """
 
     model: str
     method: str
+    device: str
     weights: int
     rest: int
     blocks: int
@@ -108,6 +110,7 @@ def plan(
     return Plan(
         model=model,
         method=method,
+        device=device,
         weights=sizes.weights,
         rest=sizes.parameters - sizes.weights,
         blocks=len(sizes.blocks),

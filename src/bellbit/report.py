@@ -79,10 +79,11 @@ def inspection_table(inspection: Inspection) -> Table:
 def plan_table(plan: Plan) -> Table:
     """What a quantization will take."""
     where = "all at once" if plan.whole else "one block at a time"
+    both = "" if plan.device == "cpu" else f", here and on {plan.device}"
     rows = [
         ["weights to quantize", f"{plan.weights / 1e6:,.0f} M in {plan.blocks} blocks, in memory {where}"],
         ["others, in 16 bits", f"{plan.rest / 1e6:,.0f} M"],
-        ["memory at most, about", size(sum(plan.memory.values()))],
+        [f"memory at most, about{both}", size(sum(plan.memory.values()))],
         *([f"  {what}", size(value)] for what, value in plan.memory.items() if value),
         ["time here, about", duration(sum(plan.seconds.values()))],
         *([f"  {what}", duration(value)] for what, value in plan.seconds.items()),
