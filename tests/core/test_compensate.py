@@ -1,10 +1,11 @@
+import pytest
 import torch
 
 import oracle
 from bellbit.core.binarize import reconstruct_block
 from bellbit.core.braq import braq
 from bellbit.core.compensate import blocks
-from bellbit.core.hessian import inverse_factor
+from bellbit.core.hessian import accumulate, inverse_factor, new_hessian
 from bellbit.core.uniform import fit_grid, quantize_uniform, round_to_grid
 
 
@@ -54,6 +55,25 @@ def test_compensation_lowers_the_output_error():
     off, on = (braq(weight, factor, block_size=16, compensate=flag) for flag in (False, True))
     reconstruct = [torch.cat([reconstruct_block(b) for b in parts], dim=1) for parts in (off, on)]
     assert error(reconstruct[1]) < 0.9 * error(reconstruct[0])
+
+
+@pytest.mark.parametrize("size", [1e3, 1e6, 1e18])
+def test_one_enormous_input_costs_compensation_and_nothing_else(size):
+    weight, _ = problem()
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(400, 80, generator=generator) @ torch.randn(80, 80, generator=generator)
+    clean, hessian = x.T @ x / 100, new_hessian(80)
+    x[7, 3] = size
+    accumulate(hessian, x, 1)
+    factor = inverse_factor(hessian)
+    assert factor.damping is not None
+
+    def error(groups):
+        difference = weight - dequantized(groups)
+        return float(((difference @ clean) * difference).sum())
+
+    # measured with six seeds: .57 to .61 with 1e3, .98 to 1.02 with 1e6, 1 with 1e18
+    assert error(quantize_uniform(weight, factor, 3, 32)) < 1.05 * error(quantize_uniform(weight, None, 3, 32))
 
 
 def test_braq_is_the_plain_loops_with_one_bit_signs():
