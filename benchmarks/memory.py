@@ -14,11 +14,11 @@ from common import note, parser, row, show
 ALLOWANCE = 300e6  # allocator slack, tokenizer, calibration text, one batch of activations of 2048 tokens
 
 CHILD = """
-import json, resource, sys
+import json, sys
 import torch, transformers, bellbit
 from bellbit import demo
+from bellbit.memory import peak_memory as peak
 from bellbit.ptq import quantize as q
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 import bellbit.packed.hf, gguf, transformers.models.llama.modeling_llama
 base = peak()
 sizes = {}
