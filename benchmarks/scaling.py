@@ -32,12 +32,13 @@ CHILD = """
 import json, sys, time
 from dataclasses import asdict
 import bellbit
+from bellbit.memory import peak_memory
 from bellbit.planning import plan
 marks, last = [], [None]
 def peak():
-    line = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+    found = peak_memory()
     open("/proc/self/clear_refs", "w").write("5")
-    return int(line.split()[1]) * 1024
+    return found
 def progress(share, text):
     stage = text.partition(":")[0]
     if stage != last[0]:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from bellbit.core.hadamard import sylvester
 from bellbit.kernels import native
-from bellbit.memory import release_memory
+from bellbit.memory import peak_memory, release_memory
 from bellbit.qat import prepare
 from bellbit.qat.presets import preset
 from common import median_ratio, note, parser, rounds, row, show
@@ -46,18 +46,13 @@ def make(method, compiled=False):
 
 def peak_of_a_step(method):
     """Bytes that the third step takes beyond what lies there between steps; run in a process of its own."""
-
-    def status(field):
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
-
     step = make(method)
     step(), step()
     release_memory()  # what the allocator keeps of the steps before
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before = status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew, at what is there
+    before = peak_memory()
     step()
-    return status("VmHWM") - before
+    return peak_memory() - before
 
 
 def memory(method):
