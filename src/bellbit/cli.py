@@ -116,7 +116,7 @@ def quantize(
     effort: Annotated[str, typer.Option(help="Of bellbit: fast, balanced or best.")] = "balanced",
     rungs: Annotated[
         str, typer.Option(help="Of bellbit: which of its steps to take.")
-    ] = "text,columns,codes,blocks,distill",
+    ] = "text,columns,codes,blocks,tail,distill",
     columns: Annotated[
         str, typer.Option(help="Of bellbit: start of column scales: rank1, mean, maxima, none.")
     ] = "rank1",

@@ -22,7 +22,7 @@ from bellbit.packed.linears import unfuse
 from bellbit.ptq.blocks import skeleton
 from bellbit.ptq.budget import stored_bits
 from bellbit.ptq.families import check_foldable, family_of
-from bellbit.ptq.ladder import TRAINING_BYTES, WEIGHT_SECONDS, bf16_pays, epochs_of, own_windows, widths_alike
+from bellbit.ptq.ladder import TAIL, TRAINING_BYTES, WEIGHT_SECONDS, bf16_pays, efforts, own_windows, widths_alike
 from bellbit.ptq.loop import linear_shapes, weight_of
 from bellbit.ptq.methods import METHODS, Settings
 from bellbit.ptq.quantize import check_samples, reads_whole
@@ -90,13 +90,14 @@ def plan(
     whole = reads_whole(location, settings, sizes.shapes)
     item = compute_dtype(dtype, config).itemsize
     chains = 2 if METHODS[method].climbs or (METHODS[method].transforms and settings.ltdb != "off") else 1
+    kept = chains + (METHODS[method].climbs and efforts(settings).tail > 0)
     at_once = min(samples, windows_at_once(length, settings.act_bits, settings.resolved_scope)) * length
     bits, trial = _trials(sizes.shapes, settings)
     output = int(sizes.weights * bits / 8 + (sizes.parameters - sizes.weights) * 2)
     resident = {
         "embeddings and head": item * (sizes.parameters - sum(sizes.blocks)),
         "all blocks" if whole else "one block": item * (sum if whole else max)(sizes.blocks),
-        "hidden states": 0 if offload else chains * item * tokens * config.hidden_size,
+        "hidden states": 0 if offload else kept * item * tokens * config.hidden_size,
     }
     again = output if whole else output - int(sizes.weights * bits / 8 * (1 - 1 / len(sizes.blocks)))
     moments = {
@@ -233,5 +234,8 @@ def _seconds(
         found["Hessians"] = sum(tokens * width**2 + 4 / 3 * width**3 for width in widths) / speed
     found[settings.method] = trial + sum(rows * width**2 for rows, width in sizes.shapes.values()) / speed
     if method.climbs:
-        found["training"] = sum(epochs_of(settings)) * tokens * sizes.weights * (6 / speed + WEIGHT_SECONDS)
+        effort, share = efforts(settings), min(1.0, TAIL / len(sizes.blocks))
+        blockwise = (effort.blocks + share * effort.tail + effort.distilled) * sizes.weights
+        head = (effort.tail + effort.distilled) * (sizes.parameters - sizes.weights)
+        found["training"] = tokens * (blockwise * (6 / speed + WEIGHT_SECONDS) + head * 6 / speed)
     return found

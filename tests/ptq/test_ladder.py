@@ -12,13 +12,14 @@ from bellbit.packed.planes import Sign128, Symmetric
 from bellbit.packed.tensor import mean_over_weights
 from bellbit.ptq import budget, ladder, resume
 from bellbit.ptq.blocks import Blocks
-from bellbit.ptq.distill import divergence
+from bellbit.ptq.distill import Front, divergence, teacher_states
 from bellbit.ptq.families import fold_along_chain, linear_names, shared_by_heads
 from bellbit.ptq.ladder import climb
 from bellbit.ptq.latent import LatentLinear
 from bellbit.ptq.methods import RUNGS, Settings
 from bellbit.ptq.reconstruct import FIRST_TOKEN, robust_error
 from bellbit.ptq.resume import Saved, fingerprint
+from bellbit.ptq.stream import BlockStream
 from conftest import CONFIGS, family_named, random_model
 
 
@@ -33,7 +34,7 @@ def climbed(name="llama", tokens=None, seed=0, saved=None, progress=lambda *_: N
 @pytest.fixture
 def briefly(monkeypatch):
     """`best` with two epochs of each kind."""
-    monkeypatch.setitem(ladder.EFFORTS, "best", ladder.Effort(own=1, epochs=2, distilled=2))
+    monkeypatch.setitem(ladder.EFFORTS, "best", ladder.Effort(blocks=2, tail=2, distilled=2))
 
 
 @pytest.mark.parametrize("name", sorted(CONFIGS))
@@ -126,6 +127,35 @@ def test_divergence_and_its_gradient_are_those_of_the_composed_formula(tokens, c
 
 
 @pytest.mark.parametrize("name", sorted(CONFIGS))
+@pytest.mark.parametrize("count", [1, 2])
+def test_what_the_first_blocks_give_stands_for_them(name, count):
+    model, tokens = random_model(CONFIGS[name]()), windows(2, 40)
+    every = list(model.get_submodule(family_named(name).blocks).children())
+    stream = BlockStream(model, every, tokens, "cpu", 1)
+    for block in every[:count]:
+        stream.run(block, stream.inputs, lambda _: None)
+    front = Front(every[:count], stream.inputs, stream.in_tuple)
+    expected = teacher_states(model, tokens, False)
+    for parameter in every[0].parameters():
+        parameter.data.fill_(torch.nan)
+    torch.testing.assert_close(teacher_states(model, tokens, False, front=front), expected)
+
+
+@pytest.mark.parametrize("tail", [1, 4])
+def test_the_tail_is_trained_and_what_comes_before_it_stays(monkeypatch, tail):
+    monkeypatch.setattr(ladder, "TAIL", tail)
+    monkeypatch.setitem(ladder.EFFORTS, "best", ladder.Effort(blocks=1, tail=4, distilled=0))
+    before, _ = climbed(tokens=windows(24, 64), rungs=RUNGS[1:4], effort="best")
+    after, _ = climbed(tokens=windows(24, 64), rungs=RUNGS[1:5], effort="best")
+    changed = {name: not torch.equal(t, after.state_dict()[name]) for name, t in before.state_dict().items()}
+    blocks = family_named("llama").blocks
+    assert any(change for name, change in changed.items() if f"{blocks}.0." in name) == (tail == 4)
+    assert all(change for name, change in changed.items() if f"{blocks}.1." in name and "signs" in name)
+    assert changed["model.norm.weight"]
+    assert not changed["model.embed_tokens.weight"]
+
+
+@pytest.mark.parametrize("name", sorted(CONFIGS))
 def test_every_linear_is_one_bit(name):
     model, run = climbed(name)
     layers = packed_linears(model)
@@ -136,12 +166,12 @@ def test_every_linear_is_one_bit(name):
 
 
 def test_every_rung_comes_nearer_to_the_float_model(monkeypatch):
-    monkeypatch.setitem(ladder.EFFORTS, "best", ladder.Effort(own=0, epochs=4, distilled=4))
+    monkeypatch.setitem(ladder.EFFORTS, "best", ladder.Effort(blocks=4, tail=4, distilled=4))
     tokens = windows(24, 64)
     with torch.no_grad():
         expected = random_model(CONFIGS["llama"]())(tokens).logits.log_softmax(-1)
     found = []
-    for rungs in ((), RUNGS[1:3], RUNGS[1:4], RUNGS[1:]):
+    for rungs in ((), RUNGS[1:3], RUNGS[1:4], RUNGS[1:5], RUNGS[1:]):
         model, _ = climbed(tokens=tokens, rungs=rungs, effort="best")
         with torch.no_grad():
             logits = model(tokens).logits.log_softmax(-1)
@@ -169,7 +199,7 @@ def test_the_same_seed_gives_the_same_bytes(briefly):
     assert all(torch.equal(a, b) for a, b in zip(*tensors, strict=True))
 
 
-@pytest.mark.parametrize("stop", [0.2, 0.45, 0.75, 0.99])
+@pytest.mark.parametrize("stop", [0.2, 0.45, 0.55, 0.63, 0.8, 0.99])
 def test_a_run_cut_off_anywhere_goes_on_to_the_same_bytes(tmp_path, briefly, stop):
     class Cut(Exception):
         pass

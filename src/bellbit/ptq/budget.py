@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from bellbit.core.grid import GROUP, first_codes, spread
 from bellbit.ptq.distill import divergence, logit_cap, teacher_states
-from bellbit.ptq.stream import acting
+from bellbit.ptq.stream import acting, giving
 
 SCALE_BITS = 16
 
@@ -74,7 +74,7 @@ def rounding_losses(
     found: dict[str, float] = {}
     for index in range(len(blocks)):
         inside = [name for name in names if name.startswith(f"{path}.{index}.")]
-        with acting(blocks[:index], partial(_giving, *calls[index])):
+        with acting(blocks[:index], partial(giving, *calls[index])):
             for name in inside:
                 weight: Any = model.get_submodule(name).weight
                 kept = weight.clone()
@@ -84,8 +84,3 @@ def rounding_losses(
                 weight.copy_(kept)
                 report(len(found) / len(names))
     return found
-
-
-def _giving(hidden: Tensor, in_tuple: bool, _: nn.Module) -> Callable[..., Any]:
-    """The forward pass of a block that does nothing but hand on `hidden`."""
-    return lambda *_args, **_kwargs: (hidden, None) if in_tuple else hidden

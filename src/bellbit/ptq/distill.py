@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bellbit.ptq.fit import Plan, fit
 from bellbit.ptq.resume import Saved
+from bellbit.ptq.stream import acting, giving
 
 TOKENS_AT_ONCE = (
     128  # through the head: an array of logits of 128 × 49152 is 25 MB, and malloc maps anew what is over 32
@@ -63,18 +67,46 @@ def logit_cap(config: Any) -> float | None:
     return getattr(config, "final_logit_softcapping", None)
 
 
+@dataclass(frozen=True)
+class Front:
+    """The first decoder blocks of a model, and what comes out of the last of them for each window: they need not run.
+
+    states: (windows, length, width). in_tuple: whether a block gives them in a tuple.
+    """
+
+    blocks: Sequence[nn.Module]
+    states: Tensor
+    in_tuple: bool
+
+    def acting(self, window: int, device: torch.device) -> AbstractContextManager[None]:
+        """Inside, they hand on what belongs to a window."""
+        return acting(self.blocks, partial(giving, self.states[window : window + 1].to(device), self.in_tuple))
+
+
+def last_states(model: Any, windows: Tensor, index: int, bf16: bool, front: Front | None = None) -> Tensor:
+    """Last hidden states of one window, as they enter the head: (length, width)."""
+    device = windows.device
+    instead = front.acting(index, device) if front else nullcontext()
+    with instead, torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        states: Tensor = model.base_model(input_ids=windows[index : index + 1], use_cache=False).last_hidden_state[0]
+    return states
+
+
 @torch.no_grad()
 def teacher_states(
-    model: Any, windows: Tensor, bf16: bool, report: Callable[[float], None] = lambda done: None
+    model: Any,
+    windows: Tensor,
+    bf16: bool,
+    report: Callable[[float], None] = lambda done: None,
+    front: Front | None = None,
 ) -> Tensor:
-    """Last hidden states, as they enter the head: (windows, length, width), in bfloat16 with `bf16`.
+    """Last hidden states of all windows: (windows, length, width), in bfloat16 with `bf16`.
 
     They are what all logits come from, at a hundredth of their size.
     """
     states = []
-    for window in windows:
-        with torch.autocast(windows.device.type, torch.bfloat16, enabled=bf16):
-            found = model.base_model(input_ids=window[None], use_cache=False).last_hidden_state[0]
+    for index in range(len(windows)):
+        found = last_states(model, windows, index, bf16, front)
         states.append(found.bfloat16() if bf16 else found)
         report(len(states) / len(windows))
     return torch.stack(states)
@@ -82,14 +114,16 @@ def teacher_states(
 
 def distill(
     model: Any,
+    trained: nn.Module,
     windows: Tensor,
     states: Tensor,
     plan: Plan,
     bf16: bool,
     report: Callable[[float, float], None],
-    saved: Saved,
+    saved: Saved | None = None,
+    front: Front | None = None,
 ) -> list[float]:
-    """Train scales and norms of a whole model, and with a rate for them the latents, in place.
+    """Train the part `trained` of a model, in place: scales and norms, and with a rate for them latents.
 
     windows: int64 (n, length). states: of the teacher on them. Returns the mean divergence on the windows held back,
     nats, before training and after every epoch.
@@ -97,8 +131,7 @@ def distill(
     head = model.get_output_embeddings().weight.detach().to(states.dtype)
 
     def error(index: int) -> Tensor:
-        with torch.autocast(windows.device.type, torch.bfloat16, enabled=bf16):
-            own = model.base_model(input_ids=windows[index : index + 1], use_cache=False).last_hidden_state[0]
+        own = last_states(model, windows, index, bf16, front)
         return divergence(own, states[index], head, logit_cap(model.config))
 
-    return fit(model, error, plan, report, saved)
+    return fit(trained, error, plan, report, saved)

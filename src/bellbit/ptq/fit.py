@@ -45,10 +45,15 @@ class Plan:
         return self.windows - self.held_back
 
 
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is what normalizes hidden states, by its type's name."""
+    return "Norm" in type(module).__name__
+
+
 def parameter_groups(module: nn.Module, rates: Rates) -> list[dict[str, Any]]:
     """What a rung trains: latents and scales of its `LatentLinear`s, the weights and biases of its norms."""
     linears = latent_linears(module).values()
-    norms = [p for m in module.modules() if "Norm" in type(m).__name__ for p in m.parameters(recurse=False)]
+    norms = [p for m in module.modules() if is_norm(m) for p in m.parameters(recurse=False)]
     groups: list[dict[str, Any]] = [
         {"params": [layer.latent for layer in linears], "lr": rates.latents},
         {"params": [layer.log_scales for layer in linears], "lr": rates.relative},

@@ -22,7 +22,7 @@ from bellbit.packed.linear import PackedLinear
 from bellbit.ptq.blocks import Blocks
 from bellbit.ptq.budget import allocate, rounding_losses, stored_bits
 from bellbit.ptq.collect import group_hessians
-from bellbit.ptq.distill import distill, teacher_states
+from bellbit.ptq.distill import Front, distill, teacher_states
 from bellbit.ptq.families import (
     Family,
     InputGroup,
@@ -31,7 +31,7 @@ from bellbit.ptq.families import (
     fold_column_scales,
     shared_by_heads,
 )
-from bellbit.ptq.fit import Plan, Rates
+from bellbit.ptq.fit import Plan, Rates, is_norm
 from bellbit.ptq.latent import LatentLinear, latent_linears
 from bellbit.ptq.loop import Log, Progress, Run, layers_of, linear_shapes, put_back, relative_error, weight_of
 from bellbit.ptq.methods import METHODS, Settings
@@ -50,28 +50,37 @@ PIECE = 512
 DISTILLED_PIECE = 1024
 
 
+_TAIL_STEP = "tail"  # name of what is kept
+
+
 @dataclass(frozen=True)
 class Effort:
-    """How much is trained, and on how much text.
+    """How much is trained, in epochs over all windows.
 
-    own: windows that the model writes itself, for each one of calibration text. epochs: of each block, over all
-    windows, twice as many of the first ones. distilled: epochs of distillation.
+    blocks: of each block, twice as many of the first ones. tail: of the last ones together. distilled: of all together.
     """
 
-    own: int
-    epochs: int
+    blocks: int
+    tail: int
     distilled: int
 
+    @property
+    def whole(self) -> bool:
+        """Whether something is trained after the last block was."""
+        return self.tail + self.distilled > 0
 
-# More text of its own gains nothing in as many steps: .405 for .404 with three times as much (docs/method.md).
+
 EFFORTS = {
-    "fast": Effort(own=1, epochs=2, distilled=1),
-    "balanced": Effort(own=1, epochs=3, distilled=1),
-    "best": Effort(own=1, epochs=6, distilled=3),
+    "fast": Effort(blocks=2, tail=1, distilled=1),
+    "balanced": Effort(blocks=3, tail=2, distilled=1),
+    "best": Effort(blocks=6, tail=4, distilled=3),
 }
 # Blocks that are trained twice as long, as all that follow live with what these lose: of a divergence of 1.8 in the
 # end, .33 is there after two. With 8 epochs for 2: .275 and .256 for .329 and .303 (unseen wiki-sample, own text).
 FIRST_BLOCKS = 2
+# How many are trained together in the end. From blocks of 2 epochs on 64 + 64 windows, divergence on unseen wiki-sample
+# and own text of 2.74 and 1.69: after one epoch 2.10 and 1.38 with four (95 s), 2.18 and 1.40 with eight (117 s).
+TAIL = 4
 HELD_BACK = 16  # one piece of so many, at least one, is kept to stop by
 # In the setting of PIECE: .476 with .015 and .05, .479 with .02 and .03, .496 with .03 and .03, .530 with .02 and .01.
 # At two bits, one epoch: .251 with .005 and .02, .282 with .005 and .01 and with .01 and .02, .298 with .02 and .03.
@@ -79,13 +88,16 @@ SIGN_RATES, FINER_RATES = Rates(latents=0.02, relative=0.03), Rates(latents=0.00
 TRAINING_BYTES = 20  # for a weight in training: latent, gradient, two averages and the best so far, float32 each
 WEIGHT_SECONDS = 6.5e-9 / PIECE  # for a weight and a token, besides products: of Adam, clipping, straight-through
 HESSIAN_PIECES = 128  # at most; what training starts from need not know all
+TAIL_RATES = Rates(latents=0.01, relative=0.015)
 DISTILL_RELATIVE = 0.01  # in that setting 1.943 on unseen wiki-sample, 2.115 with .02
 
 
 def own_windows(settings: Settings, samples: int) -> int:
-    """How many windows of its own text the model writes beside `samples` of calibration text."""
-    climbs = METHODS[settings.method].climbs and "text" in settings.rungs
-    return EFFORTS[settings.effort].own * samples if climbs else 0
+    """How many windows of its own text the model writes beside `samples` of calibration text: as many.
+
+    Three times as many gain nothing in as many steps: .405 for .404 (docs/method.md).
+    """
+    return samples if METHODS[settings.method].climbs and "text" in settings.rungs else 0
 
 
 @torch.no_grad()
@@ -110,12 +122,12 @@ def climb(
     most_fallbacks: see `Run.check`. offload: folder for hidden states. log: told of each block.
     """
     model, family = blocks.model, blocks.family
-    bf16 = bf16_pays(device)
-    epochs, distilled = epochs_of(settings)
+    bf16, effort, every = bf16_pays(device), efforts(settings), blocks.all
     if shapes is None:
         shapes = linear_shapes(model, family)
     # in epochs of reconstruction of the demo model
-    budget, teacher, blockwise, whole = _parts(progress, 0.1, 0.2 * (distilled > 0), 0.5 + epochs, 1.3 * distilled)
+    costs = 0.1, 0.2 * (effort.distilled > 0), 0.5 + effort.blocks, 0.3 * effort.tail, 1.3 * effort.distilled
+    budget, teacher, blockwise, together, whole = _parts(progress, *costs)
 
     def measure() -> dict[str, int]:
         return _widths(blocks, shapes, settings, windows, bf16, lambda done: budget(done, "bit budget"))
@@ -125,33 +137,39 @@ def climb(
 
     pieces, whole_pieces = _in_pieces(windows, PIECE), _in_pieces(windows, DISTILLED_PIECE)
     widths = saved.notes("budget", measure)
-    states = saved.tensor("teacher", listen) if distilled else None
-    every = blocks.all
+    states = saved.tensor("teacher", listen) if effort.distilled else None
     stream = BlockStream(model, every, pieces, device, TOGETHER, bf16, offload)
-    plan = _plan(pieces, epochs, SIGN_RATES, seed * len(every) * 2 * epochs)
-    run = _quantize_blocks(stream, blocks, settings, widths, plan, blockwise, saved, most_fallbacks, log)
-    if states is not None:
-        plan = _plan(whole_pieces, distilled, Rates(0.0, DISTILL_RELATIVE), seed * distilled)
-
-        def report(done: float, least: float) -> None:
-            whole(done, f"distillation, divergence {least:.3f}")
-
+    chains = _Chains(stream.copy("targets"))
+    plan = _plan(pieces, effort.blocks, SIGN_RATES, seed * len(every) * 2 * effort.blocks)
+    run = _quantize_blocks(stream, chains, blocks, settings, widths, plan, blockwise, saved, most_fallbacks, log)
+    if effort.whole:
         model.to(device)
-        distill(model, whole_pieces.to(device), states.to(device), plan, bf16, report, saved)
+    if effort.tail:
+        plan = _plan(pieces, effort.tail, TAIL_RATES, seed * effort.tail)
+        _train_tail(stream, chains, blocks, pieces.to(device), plan, together, saved)
+    if states is not None:
+        plan = _plan(whole_pieces, effort.distilled, Rates(0.0, DISTILL_RELATIVE), seed * effort.distilled)
+        told = _telling(whole, "distillation")
+        distill(model, model, whole_pieces.to(device), states.to(device), plan, bf16, told, saved)
+    if effort.whole:
         _pack(model)
         model.to("cpu")
     return run
 
 
-def epochs_of(settings: Settings) -> tuple[int, int]:
-    """Of reconstruction and of distillation."""
+def efforts(settings: Settings) -> Effort:
+    """What is trained on the rungs that are climbed."""
     effort = EFFORTS[settings.effort]
-    return effort.epochs * ("blocks" in settings.rungs), effort.distilled * ("distill" in settings.rungs)
+    return Effort(
+        effort.blocks * ("blocks" in settings.rungs),
+        effort.tail * ("tail" in settings.rungs),
+        effort.distilled * ("distill" in settings.rungs),
+    )
 
 
 def takes_whole(settings: Settings, shapes: Mapping[str, Sequence[int]]) -> bool:
-    """Whether the model must be in memory whole: for distillation, or to measure what deserves more bits."""
-    return epochs_of(settings)[1] > 0 or len(set(widths_alike(settings, shapes).values())) > 1
+    """Whether the model must be in memory whole: to be trained together, or to measure what deserves more bits."""
+    return efforts(settings).whole or len(set(widths_alike(settings, shapes).values())) > 1
 
 
 def widths_alike(settings: Settings, shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
@@ -174,6 +192,11 @@ def _parts(progress: Progress, *costs: float) -> list[Progress]:
     return [part(sum(costs[:i]), cost) for i, cost in enumerate(costs)]
 
 
+def _telling(progress: Progress, what: str) -> Callable[[float, float], None]:
+    """What `distill` reports to, as a line of progress."""
+    return lambda done, least: progress(done, f"{what}, divergence {least:.3f}")
+
+
 def _plan(pieces: Tensor, epochs: int, rates: Rates, seed: int) -> Plan:
     return Plan(len(pieces), max(1, len(pieces) // HELD_BACK), epochs, rates, seed)
 
@@ -185,8 +208,20 @@ def _in_pieces(windows: Tensor, tokens: int) -> Tensor:
     return windows[:, : count * length].reshape(-1, length)
 
 
+@dataclass
+class _Chains:
+    """Hidden states beside those that come into the block at hand.
+
+    targets: of the float blocks so far. front: what comes into the tail, once it is known.
+    """
+
+    targets: Tensor
+    front: Tensor | None = None
+
+
 def _quantize_blocks(
     stream: BlockStream,
+    chains: _Chains,
     blocks: Blocks,
     settings: Settings,
     widths: dict[str, int],
@@ -199,17 +234,21 @@ def _quantize_blocks(
     """The rungs that take one decoder block after the other; their linears become `LatentLinear`s, or are packed at
     once where nothing trains them any more.
 
-    plan: of the first block; the seed counts on, and the rates are those of the block's width.
+    plan: of the first block; the seed counts on, and the rates are those of the block's width. chains: at the first
+    block, and at the end where the tail is still to be trained.
     """
-    run, targets, distilled = Run(), stream.targets(), epochs_of(settings)[1]
-    family, count = blocks.family, len(blocks.all)
-    streaming = not all(saved.has(blocks.name(index)) for index in range(count))
+    run, effort = Run(), efforts(settings)
+    family, count, targets = blocks.family, len(blocks.all), chains.targets
+    steps = [*map(blocks.name, range(count)), *([_TAIL_STEP] if effort.tail else [])]
+    streaming = not all(map(saved.has, steps))
     for index in range(count):
 
         def report(done: float, what: str = "reconstruction", index: int = index) -> None:
             progress((index + done) / count, f"block {index + 1}/{count}: {what}")
 
         report(0, "codes")
+        if streaming and effort.tail and index == max(0, count - TAIL):
+            chains.front = stream.copy("front")
         started = time.perf_counter()
         name, block = blocks.name(index), blocks.take_up(index).to(stream.device)
         if streaming:
@@ -234,7 +273,7 @@ def _quantize_blocks(
             seconds = time.perf_counter() - started
             sizes = {linear: layer.latent.numel() for linear, layer in latent_linears(block).items()}
             done.seconds = {linear: seconds * size / sum(sizes.values()) for linear, size in sizes.items()}
-            if not distilled:
+            if not effort.whole:
                 _pack(block)
             saved.keep(name, block.state_dict(), **asdict(done), layers=layers_of(block))
         run.add(name, done)
@@ -243,9 +282,33 @@ def _quantize_blocks(
         if streaming and index < count - 1:
             stream.run(block, stream.inputs, ignore)
         del block
-        if not distilled:
+        if not effort.whole:
             blocks.put_down(index)
     return run
+
+
+def _train_tail(
+    stream: BlockStream,
+    chains: _Chains,
+    blocks: Blocks,
+    pieces: Tensor,
+    plan: Plan,
+    progress: Progress,
+    saved: Saved,
+) -> None:
+    """Train the last blocks and the norm behind them towards what the float model says, codes and all."""
+    model, every = blocks.model, blocks.all
+    apart = [m for name, m in model.named_modules() if not name.startswith(f"{blocks.family.blocks}.") and is_norm(m)]
+    tail = nn.ModuleList([*every[-TAIL:], *apart])
+    if (found := saved.load(_TAIL_STEP)) is not None:
+        tail.load_state_dict(found[0])
+        return
+    assert chains.front is not None
+    end, front = Front(every, chains.targets, stream.in_tuple), Front(every[:-TAIL], chains.front, stream.in_tuple)
+    progress(0, "what the model itself says")
+    states = teacher_states(model, pieces, stream.bf16, front=end)
+    distill(model, tail, pieces, states, plan, stream.bf16, _telling(progress, f"last {TAIL} blocks"), front=front)
+    saved.keep(_TAIL_STEP, tail.state_dict())
 
 
 def ignore(_: float) -> None:

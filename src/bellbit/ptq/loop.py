@@ -133,7 +133,7 @@ def quantize_model(
     if windows is not None:
         together = windows_at_once(windows.shape[1], settings.act_bits, settings.resolved_scope)
         stream = BlockStream(blocks.model, every, windows, device, together, folder=offload)
-        full_precision = stream.targets() if method.transforms and settings.ltdb != "off" else None
+        full_precision = stream.copy("targets") if method.transforms and settings.ltdb != "off" else None
 
     for index in range(len(every)):
         name = blocks.name(index)

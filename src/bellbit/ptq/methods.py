@@ -32,7 +32,7 @@ from bellbit.ptq.families import Family
 
 Ltdb = Literal["auto", "learn", "smooth", "off"]
 Effort = Literal["fast", "balanced", "best"]
-RUNGS = ("text", "columns", "codes", "blocks", "distill")  # of the method bellbit, see docs/method.md
+RUNGS = ("text", "columns", "codes", "blocks", "tail", "distill")  # of the method bellbit, see docs/method.md
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,11 @@ def acting(blocks: Iterable[nn.Module], forward_of: Callable[[nn.Module], Callab
             del block.forward
 
 
+def giving(hidden: Tensor, in_tuple: bool, _: nn.Module) -> Callable[..., Any]:
+    """The forward pass of a block that does nothing but hand on `hidden`."""
+    return lambda *_args, **_kwargs: (hidden, None) if in_tuple else hidden
+
+
 def _broadcasts(argument: Any) -> bool:
     """Whether what was made for one window serves several."""
     return not isinstance(argument, Tensor) or argument.ndim < 3 or argument.shape[0] == 1
@@ -86,6 +91,7 @@ class BlockStream:
         self.device, self.batch_size, self.bf16, self._folder = torch.device(device), batch_size, bf16, folder
         self.arguments: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
         self.runs: dict[nn.Module, int] = dict.fromkeys(blocks, 0)
+        self.in_tuple = False  # whether the block that ran last gave a tuple
         self._embed(model, blocks, windows[:1])
         if not all(_broadcasts(t) for call in self.arguments.values() for t in tree_leaves(call)):
             self.batch_size = 1
@@ -126,9 +132,9 @@ class BlockStream:
     def _file(self, name: str) -> Path | None:
         return None if self._folder is None else self._folder / f"{name}-{processes().process_index}.hidden"
 
-    def targets(self) -> Tensor:
-        """A copy of the inputs of the first block, for a chain of its own."""
-        copy = hidden_states(self.inputs.shape, self.inputs.dtype, self._file("targets"))
+    def copy(self, name: str) -> Tensor:
+        """The inputs as they are now, for a chain of their own. name: of the file they lie in, if they do."""
+        copy = hidden_states(self.inputs.shape, self.inputs.dtype, self._file(name))
         return copy.copy_(self.inputs)
 
     def caller(self, block: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -138,7 +144,8 @@ class BlockStream:
         def call(hidden: Tensor) -> Tensor:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
                 output = block(hidden.to(self.device), *args, **kwargs)
-            return output[0] if isinstance(output, tuple) else output
+            self.in_tuple = isinstance(output, tuple)
+            return output[0] if self.in_tuple else output
 
         return call
 
