@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bellbit.core.grid import GROUP, first_codes, spread
-from bellbit.ptq.distill import divergence, logit_cap, teacher_states
-from bellbit.ptq.stream import acting, giving
+from bellbit.ptq.distill import Front, divergence, logit_cap, teacher_states
 
 SCALE_BITS = 16
 
@@ -64,8 +62,8 @@ def rounding_losses(
 
     hooks = [block.register_forward_hook(note) for block in blocks]
 
-    def last() -> Tensor:
-        return teacher_states(model, window[None], bf16)[0]
+    def last(front: Front | None = None) -> Tensor:
+        return teacher_states(model, window[None], bf16, front=front)[0]
 
     states = last()
     for hook in hooks:
@@ -74,13 +72,13 @@ def rounding_losses(
     found: dict[str, float] = {}
     for index in range(len(blocks)):
         inside = [name for name in names if name.startswith(f"{path}.{index}.")]
-        with acting(blocks[:index], partial(giving, *calls[index])):
-            for name in inside:
-                weight: Any = model.get_submodule(name).weight
-                kept = weight.clone()
-                levels, scales = first_codes(kept.float(), None, width)
-                weight.copy_(levels * spread(scales, weight.shape[1]))
-                found[name] = float(divergence(last(), states, head, logit_cap(model.config)))
-                weight.copy_(kept)
-                report(len(found) / len(names))
+        front = Front(blocks[:index], *calls[index])
+        for name in inside:
+            weight: Any = model.get_submodule(name).weight
+            kept = weight.clone()
+            levels, scales = first_codes(kept.float(), None, width)
+            weight.copy_(levels * spread(scales, weight.shape[1]))
+            found[name] = float(divergence(last(front), states, head, logit_cap(model.config)))
+            weight.copy_(kept)
+            report(len(found) / len(names))
     return found
