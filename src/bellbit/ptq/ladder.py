@@ -49,7 +49,6 @@ PIECE = 512
 # and 1.60, 1.71, 1.87, 1.87 with 1024 (60 steps, as long). The first half with 512 and then 1024: no better than 512.
 DISTILLED_PIECE = 1024
 
-
 _TAIL_STEP = "tail"  # name of what is kept
 
 
@@ -140,15 +139,17 @@ def climb(
     widths = saved.notes("budget", measure)
     states = saved.tensor("teacher", listen) if effort.distilled else None
     stream = BlockStream(model, every, pieces, device, TOGETHER, bf16, offload)
-    chains = _Chains(stream.copy("targets"))
+    targets = stream.copy("targets")
     plan = _plan(pieces, effort.blocks, SIGN_RATES, seed * len(every) * 2 * effort.blocks)
-    run = _quantize_blocks(stream, chains, blocks, settings, widths, plan, blockwise, saved, most_fallbacks, log)
+    run, front = _quantize_blocks(
+        stream, targets, blocks, settings, widths, plan, blockwise, saved, most_fallbacks, log
+    )
     if effort.whole:
         model.to(device)
     if effort.tail:
         plan = _plan(pieces, effort.tail, TAIL_RATES, seed * effort.tail)
-        _train_tail(stream, chains, blocks, pieces.to(device), plan, together, saved)
-    del stream, chains  # three sets of hidden states
+        _train_tail(stream, front, targets, blocks, pieces.to(device), plan, together, saved)
+    del stream, front, targets  # three sets of hidden states
     if states is not None:
         plan = _plan(whole_pieces, effort.distilled, Rates(0.0, DISTILL_RELATIVE), seed * effort.distilled)
         told = _telling(whole, "distillation")
@@ -210,20 +211,9 @@ def _in_pieces(windows: Tensor, tokens: int) -> Tensor:
     return windows[:, : count * length].reshape(-1, length)
 
 
-@dataclass
-class _Chains:
-    """Hidden states beside those that come into the block at hand.
-
-    targets: of the float blocks so far. front: what comes into the tail, once it is known.
-    """
-
-    targets: Tensor
-    front: Tensor | None = None
-
-
 def _quantize_blocks(
     stream: BlockStream,
-    chains: _Chains,
+    targets: Tensor,
     blocks: Blocks,
     settings: Settings,
     widths: dict[str, int],
@@ -232,15 +222,16 @@ def _quantize_blocks(
     saved: Saved,
     most_fallbacks: float,
     log: Log,
-) -> Run:
+) -> tuple[Run, Tensor]:
     """The rungs that take one decoder block after the other; their linears become `LatentLinear`s, or are packed at
     once where nothing trains them any more.
 
-    plan: of the first block; the seed counts on, and the rates are those of the block's width. chains: at the first
-    block, and at the end where the tail is still to be trained.
+    plan: of the first block; the seed counts on, and the rates are those of the block's width. targets: hidden states
+    of the float model, as they come into the first block, and in the end go out of the last. Returns what comes into
+    the tail, too. Neither is worth anything where the saved run has trained the tail already.
     """
-    run, effort = Run(), efforts(settings)
-    family, count, targets = blocks.family, len(blocks.all), chains.targets
+    run, effort, front = Run(), efforts(settings), torch.empty(0)
+    family, count = blocks.family, len(blocks.all)
     steps = [*map(blocks.name, range(count)), *([_TAIL_STEP] if effort.tail else [])]
     streaming = not all(map(saved.has, steps))
     for index in range(count):
@@ -250,7 +241,7 @@ def _quantize_blocks(
 
         report(0, "codes")
         if streaming and effort.tail and index == max(0, count - TAIL):
-            chains.front = stream.copy("front")
+            front = stream.copy("front")
         started = time.perf_counter()
         name, block = blocks.name(index), blocks.take_up(index).to(stream.device)
         if streaming:
@@ -286,27 +277,30 @@ def _quantize_blocks(
         del block
         if not effort.whole:
             blocks.put_down(index)
-    return run
+    return run, front
 
 
 def _train_tail(
     stream: BlockStream,
-    chains: _Chains,
+    inputs: Tensor,
+    targets: Tensor,
     blocks: Blocks,
     pieces: Tensor,
     plan: Plan,
     progress: Progress,
     saved: Saved,
 ) -> None:
-    """Train the last blocks and the norm behind them towards what the float model says, codes and all."""
+    """Train the last blocks and the norm behind them towards what the float model says, codes and all.
+
+    inputs: what comes into them, (windows, length, width). targets: what comes out of the float model's.
+    """
     model, every = blocks.model, blocks.all
     apart = [m for name, m in model.named_modules() if not name.startswith(f"{blocks.family.blocks}.") and is_norm(m)]
     tail = nn.ModuleList([*every[-TAIL:], *apart])
     if (found := saved.load(_TAIL_STEP)) is not None:
         tail.load_state_dict(found[0])
         return
-    assert chains.front is not None
-    end, front = Front(every, chains.targets, stream.in_tuple), Front(every[:-TAIL], chains.front, stream.in_tuple)
+    end, front = Front(every, targets, stream.in_tuple), Front(every[:-TAIL], inputs, stream.in_tuple)
     progress(0, "what the model itself says")
     states = teacher_states(model, pieces, stream.bf16, front=end)
     told = _telling(progress, f"last {len(every[-TAIL:])} blocks")
