@@ -20,6 +20,7 @@ from torch import Tensor
 from bellbit.data import evaluation_windows, load_corpus
 from bellbit.errors import BellbitError
 from bellbit.evaluate import perplexity
+from bellbit.files import write_text
 from bellbit.inspection import inspect
 from bellbit.loading import load_config, load_model, load_tokenizer, locate, window_length
 from bellbit.memory import peak_memory
@@ -142,9 +143,7 @@ def compare(request: Request, specs: Iterable[str], out: Path, progress: Callabl
         progress(done / len(wanted), spec)
         if spec not in known["rows"]:
             known["rows"][spec] = asdict(_measure_apart(request, spec, out))
-            beside = file.with_suffix(".partial")
-            beside.write_text(json.dumps(known, indent=2) + "\n")
-            beside.replace(file)
+            write_text(file, json.dumps(known, indent=2) + "\n")
     shutil.rmtree(out / ORIGINAL, ignore_errors=True)
     return [Row(**known["rows"][spec]) for spec in wanted]
 

@@ -13,6 +13,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from bellbit.fetch import WIKIPEDIA_DUMP, cache_dir, fetch
+from bellbit.files import write_text
 
 
 def articles() -> list[str]:
@@ -24,9 +25,7 @@ def articles() -> list[str]:
         found: list[str] = json.loads(cached.read_text(encoding="utf-8"))
         return found
     found = [f"{title}\n\n{text}" for title, source in _dump_pages(dump) if (text := plain_text(source))]
-    partial = cached.with_suffix(".partial")
-    partial.write_text(json.dumps(found), encoding="utf-8")
-    partial.replace(cached)
+    write_text(cached, json.dumps(found))
     return found
 
 

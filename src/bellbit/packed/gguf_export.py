@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from bellbit.errors import BellbitError
+from bellbit.files import beside
 from bellbit.packed.gguf_types import TYPES, choose
 from bellbit.packed.linear import packed_linears
 from bellbit.packed.planes import SIGN_BLOCK, Sign128
@@ -75,9 +76,8 @@ def export(
         )
     if embedding != "auto" and embedding not in TYPES:
         raise BellbitError(f"--embedding {embedding} is not possible; allowed: auto, {', '.join(TYPES)}")
-    part = out.with_name(f".{out.name}.part")
-    writer = gguf.GGUFWriter(part, architecture)
-    try:
+    with beside(out) as part:
+        writer = gguf.GGUFWriter(part, architecture)
         _add_settings(writer, config)
         _add_tokenizer(writer, tokenizer, folder, config.vocab_size)
         names = gguf.get_tensor_name_map(
@@ -97,9 +97,6 @@ def export(
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        part.replace(out)
-    finally:
-        part.unlink(missing_ok=True)
     return written
 
 

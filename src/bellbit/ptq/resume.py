@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from bellbit.errors import BellbitError, disk_reason
+from bellbit.files import beside, write_text
 from bellbit.processes import processes
 
 HASHED = 4096  # values of each tensor
@@ -74,7 +75,7 @@ class Saved:
         shutil.rmtree(folder, ignore_errors=True)
         try:
             folder.mkdir(parents=True)
-            file.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
+            write_text(file, json.dumps(wanted, indent=2) + "\n")
         except OSError as error:
             raise BellbitError(f"{folder} cannot be made: {disk_reason(error)}; give another OUT") from error
 
@@ -98,12 +99,11 @@ class Saved:
 
     def _write(self, folder: Path, step: str, tensors: Mapping[str, Tensor], notes: dict[str, Any]) -> None:
         file = folder / f"{step}.safetensors"
-        partial = file.with_suffix(".partial")
         contents = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         try:
-            save_file(contents, partial, metadata={_NOTES: json.dumps(notes)})
-            partial.replace(file)
-            (folder / _SECONDS).write_text(f"{self.seconds + time.perf_counter() - self._started:.1f}\n")
+            with beside(file) as partial:
+                save_file(contents, partial, metadata={_NOTES: json.dumps(notes)})
+            write_text(folder / _SECONDS, f"{self.seconds + time.perf_counter() - self._started:.1f}\n")
         except (OSError, SafetensorError) as error:
             raise BellbitError(f"{disk_reason(error)} while writing {file}; --resume goes on from there") from error
 

@@ -13,6 +13,7 @@ from transformers import Cache, DynamicCache, StaticCache
 
 from bellbit.errors import BellbitError
 from bellbit.fetch import cache_dir
+from bellbit.files import beside
 from bellbit.ptq.resume import fingerprint
 
 SELF = "self"  # as --calib
@@ -42,9 +43,9 @@ def sampled_windows(
     for part in range(parts):
         file = folder / f"{name}-{part}.safetensors"
         if not file.exists():
-            partial = file.with_suffix(".partial")
-            save_file({"texts": _write(model, first, length, seed * MOST_PARTS + part)}, partial)
-            partial.replace(file)
+            written = _write(model, first, length, seed * MOST_PARTS + part)
+            with beside(file) as partial:
+                save_file({"texts": written}, partial)
         texts.append(load_file(file)["texts"])
         report((part + 1) / parts)
     return torch.cat(texts).flatten()[: samples * seq_len].view(samples, seq_len)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bellbit.errors import BellbitError, first_line
+from bellbit.files import write_text
 from bellbit.processes import processes
 from bellbit.qat.presets import preset as find_preset
 from bellbit.quantizers import parse
@@ -106,7 +107,7 @@ def keep(state: Path, settings: Settings, resume: bool) -> None:
     for stale in ("tokenizer", "text"):
         shutil.rmtree(state / stale, ignore_errors=True)
     state.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(now, indent=2) + "\n")
+    write_text(file, json.dumps(now, indent=2) + "\n")
 
 
 def _config_of(settings: Settings) -> Any:

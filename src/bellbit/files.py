@@ -1,0 +1,24 @@
+"""Files that are there whole or not at all, whenever the process that writes them is killed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def beside(file: Path) -> Iterator[Path]:
+    """A path to write to, in the folder of `file`, whose place it takes at the end; if that is reached."""
+    partial = file.with_name(f"{file.name}.partial")
+    try:
+        yield partial
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_text(file: Path, text: str) -> None:
+    """Make `file` hold `text`, as UTF-8, or leave it as it was."""
+    with beside(file) as partial:
+        partial.write_text(text, encoding="utf-8")
