@@ -10,7 +10,7 @@ from bellbit.errors import BellbitError
 from bellbit.packed.linear import packed_linears
 from bellbit.packed.planes import Sign128, Symmetric
 from bellbit.packed.tensor import mean_over_weights
-from bellbit.ptq import budget, ladder, resume
+from bellbit.ptq import budget, entering, ladder, resume
 from bellbit.ptq.blocks import Blocks
 from bellbit.ptq.distill import Front, divergence, teacher_states
 from bellbit.ptq.families import fold_along_chain, linear_names, shared_by_heads
@@ -73,7 +73,7 @@ def test_column_scales_and_their_hessians_leave_the_output_error_as_it_is(name):
         for linear in group.linears:
             weight = block.get_submodule(linear).weight.detach()
             before[linear] = ((weight @ hessians[group]) * weight).sum()
-    ladder.fold_columns(block, family, hessians, "mean", 32)
+    entering.fold_columns(block, family, hessians, "mean", 32)
     for group in family.groups_of(block):
         for linear in set(group.linears) - scaled_rows:
             weight = block.get_submodule(linear).weight.detach()

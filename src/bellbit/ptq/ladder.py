@@ -10,34 +10,22 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bellbit.core.columns import Start, column_scales
-from bellbit.core.grid import first_codes
-from bellbit.core.hessian import inverse_factor
 from bellbit.packed.linear import PackedLinear
 from bellbit.ptq.blocks import Blocks
-from bellbit.ptq.budget import allocate, rounding_losses, stored_bits
-from bellbit.ptq.collect import group_hessians
+from bellbit.ptq.budget import allocate, rounding_losses
 from bellbit.ptq.distill import Front, distill, teacher_states
-from bellbit.ptq.families import (
-    Family,
-    InputGroup,
-    by_norm,
-    fold_along_chain,
-    fold_column_scales,
-    shared_by_heads,
-)
+from bellbit.ptq.entering import enter
 from bellbit.ptq.fit import Plan, Rates, is_norm
 from bellbit.ptq.latent import LatentLinear, latent_linears
-from bellbit.ptq.loop import Log, Progress, Run, layers_of, linear_shapes, put_back, relative_error, weight_of
+from bellbit.ptq.loop import Log, Progress, Run, layers_of, linear_shapes, put_back
 from bellbit.ptq.methods import METHODS, Settings
 from bellbit.ptq.reconstruct import reconstruct
 from bellbit.ptq.resume import Saved
-from bellbit.ptq.stream import BlockStream
+from bellbit.ptq.stream import BlockStream, ignore
 
 TOGETHER = 8  # pieces that go through a block at once where nothing is trained
 # Tokens at most that a step of training sees. Divergence of the demo model on unseen windows of wiki-sample with five
@@ -86,7 +74,6 @@ HELD_BACK = 16  # one piece of so many, at least one, is kept to stop by
 SIGN_RATES, FINER_RATES = Rates(latents=0.02, relative=0.03), Rates(latents=0.005, relative=0.02)
 TRAINING_BYTES = 20  # for a weight in training: latent, gradient, two averages and the best so far, float32 each
 WEIGHT_SECONDS = 6.5e-9 / PIECE  # for a weight and a token, besides products: of Adam, clipping, straight-through
-HESSIAN_PIECES = 128  # at most; what training starts from need not know all
 # In the setting of TAIL, two epochs: 1.94 and 1.29; .01 and .015: 1.99 and 1.32; no latents and .015: 1.98 and 1.31.
 TAIL_RATES = Rates(latents=0.0025, relative=0.01)
 DISTILL_RELATIVE = 0.01  # in the setting of DISTILLED_PIECE 1.943 on unseen wiki-sample, 2.115 with .02
@@ -257,7 +244,7 @@ def _quantize_blocks(
             block.to(stream.device)
             done = Run(**notes)
         else:
-            done = _enter(block, family, stream, settings, name, own, _head_dim(blocks.model.config))
+            done = enter(block, blocks, stream, settings, name, own)
             if plan.epochs:
                 epochs = plan.epochs * (2 if index < FIRST_BLOCKS else 1)
                 rates = SIGN_RATES if min(own.values()) == 1 else FINER_RATES
@@ -308,91 +295,9 @@ def _train_tail(
     saved.keep(_TAIL_STEP, tail.state_dict())
 
 
-def ignore(_: float) -> None:
-    """No report."""
-
-
 def bf16_pays(device: str) -> bool:
     """Whether products of bfloat16 are faster than those of float32 there."""
     return torch.cpu._is_avx512_bf16_supported() if device == "cpu" else torch.cuda.is_bf16_supported()
-
-
-def _head_dim(config: Any) -> int:
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-
-
-def fold_columns(
-    block: nn.Module, family: Family, hessians: dict[InputGroup, Tensor], start: Start, head_dim: int
-) -> None:
-    """Scale the columns of every linear that something exact can be folded into, and `hessians` with them, in place."""
-    groups = family.groups_of(block)
-    chains = {second: (first, second) for first, second in family.chains_of(block)}
-
-    def importance(behind: list[InputGroup]) -> Tensor:
-        """Mean squares of the inputs, as far as they are known."""
-        known = [hessians[group].diagonal() for group in behind if group in hessians]
-        return torch.stack(known).sum(dim=0) if known else torch.ones_like(weight_of(block, behind[0].linears[0])[0])
-
-    def rescale(behind: list[InputGroup], scales: Tensor) -> None:
-        for group in behind:
-            if group in hessians:
-                hessians[group] /= scales[:, None] * scales
-
-    for behind in by_norm(groups).values():
-        weight = torch.cat([weight_of(block, name) for group in behind for name in group.linears])
-        scales = column_scales(weight, importance(behind), start)
-        fold_column_scales(block, behind, scales, family.norm_offset)
-        rescale(behind, scales)
-    for group in groups:
-        if (chain := chains.get(group.linears[0])) is not None:
-            weight = weight_of(block, chain[1])
-            rows = len(weight_of(block, chain[0]))
-            own = column_scales(*_heads_as_rows(weight, importance([group]), rows, head_dim), start)
-            fold_along_chain(block, chain, own, head_dim)
-            rescale([group], shared_by_heads(own, weight.shape[1], head_dim))
-
-
-def _heads_as_rows(weight: Tensor, importance: Tensor, columns: int, head_dim: int) -> tuple[Tensor, Tensor]:
-    """A weight with the heads that read the same columns one below the other: (out·repeat, columns), and (columns,)."""
-    repeat = weight.shape[1] // columns
-    if repeat == 1:
-        return weight, importance
-    heads = weight.unflatten(1, (-1, repeat, head_dim)).transpose(1, 2)  # (out, repeat, heads, head_dim)
-    return heads.reshape(-1, columns), importance.unflatten(0, (-1, repeat, head_dim)).mean(dim=1).flatten()
-
-
-def _enter(
-    block: nn.Module,
-    family: Family,
-    stream: BlockStream,
-    settings: Settings,
-    name: str,
-    widths: dict[str, int],
-    head_dim: int,
-) -> Run:
-    """Give the linears of a block their column scales and first codes, as layers to be trained.
-
-    widths: by linear. Errors are those of the first codes.
-    """
-    hessians = group_hessians(stream, block, family, settings, name, ignore, HESSIAN_PIECES)
-    if "columns" in settings.rungs:
-        fold_columns(block, family, hessians, settings.columns, head_dim)
-    run = Run()
-    for group in family.groups_of(block):
-        hessian = hessians.pop(group, None)
-        factor = inverse_factor(hessian) if hessian is not None and "codes" in settings.rungs else None
-        if hessian is None or (factor is not None and factor.damping is None):
-            run.fall_back(group.linears, broken=hessian is not None)
-        for linear in group.linears:
-            old: Any = block.get_submodule(linear)
-            weight = old.weight.detach().float()
-            levels, scales = first_codes(weight, factor, widths[linear])
-            layer = LatentLinear.starting(weight, levels, scales, widths[linear], old.bias)
-            block.set_submodule(linear, layer)
-            run.errors[linear] = relative_error(weight, layer.weight(), hessian)
-            run.bits[linear] = stored_bits(weight.shape[1], widths[linear])
-            run.nominal[linear] = widths[linear]
-    return run
 
 
 def _widths(

@@ -176,3 +176,7 @@ class BlockStream:
             report(done / len(hidden))
         for _ in range(self.batches - math.ceil(len(hidden) / self.batch_size)):
             after()
+
+
+def ignore(_: float) -> None:
+    """No report."""
