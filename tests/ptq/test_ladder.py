@@ -293,7 +293,7 @@ def test_stored_bits_are_within_the_budget(bpw):
 
 
 def test_a_hessian_beyond_repair_falls_back_and_is_told(monkeypatch):
-    monkeypatch.setattr(ladder, "inverse_factor", lambda h: inverse_factor(-h))
+    monkeypatch.setattr(entering, "inverse_factor", lambda h: inverse_factor(-h))
     _, run = climbed(rungs=("codes",))
     assert len(run.fallbacks) == 14
 

@@ -5,7 +5,7 @@ import bellbit
 from bellbit.core.hessian import inverse_factor
 from bellbit.errors import BellbitError
 from bellbit.packed.save import packed_linears
-from bellbit.ptq import ladder, loop
+from bellbit.ptq import entering, loop
 from bellbit.ptq.blocks import Blocks
 from bellbit.ptq.families import linear_names
 from bellbit.ptq.ladder import climb
@@ -147,7 +147,7 @@ def test_more_than_a_twentieth_of_linears_with_hessians_beyond_repair_are_refuse
         calls.append(hessian)
         return inverse_factor(hessian)._replace(damping=None if len(calls) == 2 else 0.01)
 
-    for module in (loop, ladder):
+    for module in (loop, entering):
         monkeypatch.setattr(module, "inverse_factor", second_broken)
 
     def quantize(**options):
