@@ -22,7 +22,16 @@ from bellbit.packed.linears import unfuse
 from bellbit.ptq.blocks import skeleton
 from bellbit.ptq.budget import stored_bits
 from bellbit.ptq.families import check_foldable, family_of
-from bellbit.ptq.ladder import TAIL, TRAINING_BYTES, WEIGHT_SECONDS, bf16_pays, efforts, own_windows, widths_alike
+from bellbit.ptq.ladder import (
+    TAIL,
+    TRAINING_BYTES,
+    WEIGHT_SECONDS,
+    bf16_pays,
+    efforts,
+    mixes_widths,
+    own_windows,
+    widths_alike,
+)
 from bellbit.ptq.loop import linear_shapes, weight_of
 from bellbit.ptq.methods import METHODS, Settings
 from bellbit.ptq.quantize import check_samples, reads_whole
@@ -117,7 +126,7 @@ def plan(
         blocks=len(sizes.blocks),
         whole=whole,
         memory={"libraries": libraries, **resident, worst: moments[worst]},
-        seconds=_seconds(sizes, settings, tokens, own * length, chains, speed, trial),
+        seconds=_seconds(sizes, settings, tokens, own, length, chains, speed, trial),
         bits_per_weight=bits,
         output_bytes=output,
     )
@@ -219,9 +228,9 @@ def _trial(shape: tuple[int, ...], settings: Settings) -> tuple[float, float]:
 
 
 def _seconds(
-    sizes: _Sizes, settings: Settings, tokens: int, own: int, chains: int, speed: float, trial: float
+    sizes: _Sizes, settings: Settings, tokens: int, own: int, length: int, chains: int, speed: float, trial: float
 ) -> dict[str, float]:
-    """By what takes them. own: tokens that the model writes. trial: of the method itself.
+    """By what takes them. own: windows that the model writes, of `length` tokens as all. trial: of the method itself.
 
     speed: operations a second.
     """
@@ -229,11 +238,15 @@ def _seconds(
     widths = [width for block in sizes.hessians for width in block]
     found = {"forward passes": 2 * sizes.weights * tokens * (chains + 1) / speed}
     if own:
-        found["text of its own"] = WRITING * 2 * sizes.parameters * own / speed
+        found["text of its own"] = WRITING * 2 * sizes.parameters * own * length / speed
     if method.calibrates:
         found["Hessians"] = sum(tokens * width**2 + 4 / 3 * width**3 for width in widths) / speed
-    found[settings.method] = trial + sum(rows * width**2 for rows, width in sizes.shapes.values()) / speed
+    codes = trial + sum(rows * width**2 for rows, width in sizes.shapes.values()) / speed
+    found[settings.method] = codes
     if method.climbs:
+        if mixes_widths(settings, sizes.shapes):  # one linear after the other, and what follows
+            after = sizes.weights / 2 + sizes.parameters - sizes.weights
+            found["bit budget"] = codes + len(sizes.shapes) * 2 * after * length / speed
         effort, share = efforts(settings), min(1.0, TAIL / len(sizes.blocks))
         blockwise = (effort.blocks + share * effort.tail + effort.distilled) * sizes.weights
         head = (effort.tail + effort.distilled) * (sizes.parameters - sizes.weights)

@@ -5,13 +5,14 @@ import torch
 from test_loop import windows
 
 from bellbit.core.grid import first_codes
-from bellbit.core.hessian import inverse_factor
+from bellbit.core.hessian import accumulate, inverse_factor, new_hessian
 from bellbit.errors import BellbitError
 from bellbit.packed.linear import packed_linears
 from bellbit.packed.planes import Sign128, Symmetric
 from bellbit.packed.tensor import mean_over_weights
 from bellbit.ptq import budget, entering, ladder, resume
 from bellbit.ptq.blocks import Blocks
+from bellbit.ptq.collect import FEWEST_TOKENS
 from bellbit.ptq.distill import Front, divergence, teacher_states
 from bellbit.ptq.families import fold_along_chain, linear_names, shared_by_heads
 from bellbit.ptq.ladder import climb
@@ -254,23 +255,43 @@ def test_fingerprints_tell_models_apart():
     assert fingerprint(model) != before
 
 
+@pytest.mark.parametrize("rungs", [("codes",), ("blocks",)])
 @pytest.mark.parametrize("name", sorted(CONFIGS))
-def test_the_loss_of_rounding_is_that_of_the_whole_model(name):
-    model, path, window = random_model(CONFIGS[name]()), family_named(name).blocks, windows(1, 40)[0]
-    names = linear_names(model, family_named(name))
-    losses = budget.rounding_losses(model, path, names, window, 2, False, lambda _: None)
+def test_the_loss_of_rounding_is_that_of_the_whole_model(name, rungs):
+    model, family, tokens = random_model(CONFIGS[name]()), family_named(name), windows(3, 64)
+    settings = Settings("bellbit", rungs=rungs).resolved(family)
+    losses = budget.rounding_losses(Blocks(model, family), settings, tokens, 2, False, lambda _: None)
+    names = linear_names(model, family)
     assert list(losses) == names
     with torch.no_grad():
-        expected = model(window[None]).logits.log_softmax(-1)
+        expected = model(tokens[:1]).logits.log_softmax(-1)
         for linear in (names[0], names[-1]):
+            factor = factor_of(model, linear, tokens[1:]) if rungs == ("codes",) else None
             weight = model.get_submodule(linear).weight
             kept = weight.clone()
-            levels, scales = first_codes(kept, None, 2)
+            levels, scales = first_codes(kept, factor, 2)
             weight.copy_(levels * scales.repeat_interleave(128, dim=1)[:, : weight.shape[1]])
-            found = model(window[None]).logits.log_softmax(-1)
+            found = model(tokens[:1]).logits.log_softmax(-1)
             weight.copy_(kept)
-            loss = torch.nn.functional.kl_div(found, expected, log_target=True, reduction="sum") / len(window)
+            loss = torch.nn.functional.kl_div(found, expected, log_target=True, reduction="sum") / tokens.shape[1]
             assert losses[linear] == pytest.approx(float(loss), rel=1e-3)
+
+
+def factor_of(model, linear, tokens):
+    """Of the inverse Hessian of a linear's inputs in the float model; None with too few, as an expert may have."""
+    inputs = []
+    hook = model.get_submodule(linear).register_forward_pre_hook(
+        lambda _, given: inputs.append(given[0].flatten(0, -2))
+    )
+    for window in tokens:
+        model(window[None])
+    hook.remove()
+    if sum(map(len, inputs)) < FEWEST_TOKENS:
+        return None
+    hessian = new_hessian(inputs[0].shape[-1])
+    for x in inputs:
+        accumulate(hessian, x, len(tokens))
+    return inverse_factor(hessian)
 
 
 def test_the_budget_goes_to_what_gains_most_and_is_kept():

@@ -122,7 +122,8 @@ def descend(
 def first_codes(weight: Tensor, factor: InverseFactor | None, width: int) -> tuple[Tensor, Tensor]:
     """The best of the three ways that can be had: levels (out, in) and scales (out, groups).
 
-    Without a factor, or with that of a Hessian beyond repair, it is rounding to nearest.
+    Without a factor, or with that of a Hessian beyond repair, it is rounding to nearest. A row of zeros is as near to
+    them as can be stored: its groups would else mend each other's least scale, and its weights grow fourfold.
     """
     if factor is None or factor.damping is None:
         scales = fit_scales(weight, torch.ones_like(weight[0]), width)
@@ -130,7 +131,9 @@ def first_codes(weight: Tensor, factor: InverseFactor | None, width: int) -> tup
     hessian = torch.cholesky_inverse(factor.upper, upper=True)
     weight = torch.where(factor.dead, 0.0, weight)
     levels, scales = feedback_levels(weight, factor, width)
-    return descend(weight, levels, refit_scales(weight, levels, scales, hessian), hessian, width)
+    levels, scales = descend(weight, levels, refit_scales(weight, levels, scales, hessian), hessian, width)
+    nothing = ~weight.any(dim=1, keepdim=True)
+    return levels.masked_fill_(nothing, 0.5), scales.masked_fill_(nothing, torch.finfo(torch.float16).tiny)
 
 
 class _StraightThrough(torch.autograd.Function):

@@ -7,12 +7,19 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bellbit.core.grid import GROUP, first_codes, spread
+from bellbit.core.hessian import inverse_factor
+from bellbit.ptq.blocks import Blocks
+from bellbit.ptq.collect import group_hessians
 from bellbit.ptq.distill import Front, divergence, logit_cap, teacher_states
+from bellbit.ptq.families import InputGroup
+from bellbit.ptq.methods import Settings
+from bellbit.ptq.stream import BlockStream, ignore
 
 SCALE_BITS = 16
+HEARD = 8  # windows whose inputs make the Hessians that losses are measured with
 
 
 def stored_bits(columns: int, width: int) -> float:
@@ -23,7 +30,7 @@ def stored_bits(columns: int, width: int) -> float:
 def allocate(shapes: Mapping[str, Sequence[int]], losses: Mapping[str, float], bpw: float) -> dict[str, int]:
     """Widths by name: all alike, and one more, within the limit, for those that gain most for each bit they take.
 
-    shapes: (out, in) by name. losses: what the model loses when this weight alone is rounded to the lesser width. What
+    shapes: (out, in) by name. losses: what the model loses when this weight alone has the lesser width. What
     one bit more gains is taken to be in proportion to that. bpw: over all weights. If even one bit each is over the
     limit, because last groups are short, one bit each it is.
     """
@@ -42,43 +49,35 @@ def allocate(shapes: Mapping[str, Sequence[int]], losses: Mapping[str, float], b
 
 @torch.no_grad()
 def rounding_losses(
-    model: Any,
-    path: str,
-    names: Sequence[str],
-    window: Tensor,
-    width: int,
-    bf16: bool,
-    report: Callable[[float], None],
+    blocks: Blocks, settings: Settings, windows: Tensor, width: int, bf16: bool, report: Callable[[float], None]
 ) -> dict[str, float]:
-    """Divergence in nats from the full-precision model when one weight alone is rounded to `width` bits, by full name.
+    """Divergence in nats from the full-precision model when one weight alone has its first codes of `width` bits.
 
-    path: of the list of decoder blocks. names: of the linears in them, in full. window: token ids (length,).
+    blocks: of a model that is in memory. windows: token ids (samples, length); the first is what is measured on, the
+    next HEARD make the Hessians. Without the rung `codes` it is plain rounding. Returns losses by full name.
     """
-    blocks = list(model.get_submodule(path).children())
-    calls: list[tuple[Tensor, bool]] = []  # hidden states that come in, and whether a tuple goes out
-
-    def note(_: nn.Module, arguments: tuple[Tensor, ...], output: Any) -> None:
-        calls.append((arguments[0], isinstance(output, tuple)))
-
-    hooks = [block.register_forward_hook(note) for block in blocks]
-
-    def last(front: Front | None = None) -> Tensor:
-        return teacher_states(model, window[None], bf16, front=front)[0]
-
-    states = last()
-    for hook in hooks:
-        hook.remove()
+    model, family = blocks.model, blocks.family
+    measured = BlockStream(model, blocks.all, windows[:1], "cpu", 1, bf16)
+    heard = BlockStream(model, blocks.all, windows[1 : 1 + HEARD] if len(windows) > 1 else windows, "cpu", 1, bf16)
+    states = teacher_states(model, windows[:1], bf16)[0]
     head = model.get_output_embeddings().weight.to(states.dtype)
     found: dict[str, float] = {}
-    for index in range(len(blocks)):
-        inside = [name for name in names if name.startswith(f"{path}.{index}.")]
-        front = Front(blocks[:index], *calls[index])
-        for name in inside:
-            weight: Any = model.get_submodule(name).weight
-            kept = weight.clone()
-            levels, scales = first_codes(kept.float(), None, width)
-            weight.copy_(levels * spread(scales, weight.shape[1]))
-            found[name] = float(divergence(last(front), states, head, logit_cap(model.config)))
-            weight.copy_(kept)
-            report(len(found) / len(names))
+    for index, block in enumerate(blocks.all):
+        hessians: dict[InputGroup, Tensor] = {}
+        if "codes" in settings.rungs:
+            hessians = group_hessians(heard, block, family, settings, blocks.name(index), ignore)
+        front = Front(blocks.all[:index], measured.inputs, measured.in_tuple)
+        for group in family.groups_of(block):
+            factor = inverse_factor(hessians.pop(group)) if group in hessians else None
+            for linear in group.linears:
+                weight: Any = block.get_submodule(linear).weight
+                kept = weight.clone()
+                levels, scales = first_codes(kept.float(), factor, width)
+                weight.copy_(levels * spread(scales, weight.shape[1]))
+                own = teacher_states(model, windows[:1], bf16, front=front)[0]
+                found[f"{blocks.name(index)}.{linear}"] = float(divergence(own, states, head, logit_cap(model.config)))
+                weight.copy_(kept)
+        for stream in (measured, heard):
+            stream.run(block, stream.inputs, ignore)
+        report((index + 1) / len(blocks.all))
     return found

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -69,16 +69,33 @@ FIRST_BLOCKS = 2
 # and own text of 2.74 and 1.69: after one epoch 2.10 and 1.38 with four (95 s), 2.18 and 1.40 with eight (117 s).
 TAIL = 4
 HELD_BACK = 16  # one piece of so many, at least one, is kept to stop by
-# In the setting of PIECE: .476 with .015 and .05, .479 with .02 and .03, .496 with .03 and .03, .530 with .02 and .01.
-# At two bits, one epoch: .251 with .005 and .02, .282 with .005 and .01 and with .01 and .02, .298 with .02 and .03.
-SIGN_RATES, FINER_RATES = Rates(latents=0.02, relative=0.03), Rates(latents=0.005, relative=0.02)
 TRAINING_BYTES = 20  # for a weight in training: latent, gradient, two averages and the best so far, float32 each
 WEIGHT_SECONDS = 6.5e-9 / PIECE  # for a weight and a token, besides products: of Adam, clipping, straight-through
-# In the setting of TAIL, two epochs: 1.94 and 1.29; .01 and .015: 1.99 and 1.32; no latents and .015: 1.98 and 1.31.
-TAIL_RATES = Rates(latents=0.0025, relative=0.01)
-# Of distillation: in the setting of DISTILLED_PIECE 1.943 on unseen wiki-sample, 2.115 with .02. At 2.4 bits, from .629
-# after the tail: .601 with .003, nothing gained with .01.
-SIGN_RELATIVE, FINER_RELATIVE = 0.01, 0.003
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Rates of the rungs."""
+
+    blocks: Rates
+    tail: Rates
+    distilled: Rates
+
+
+# blocks, in the setting of PIECE: .476 with .015 and .05, .479 with .02 and .03, .496 with .03 and .03, .530 with .02
+# and .01. tail, in the setting of TAIL, two epochs: 1.94 and 1.29; .01 and .015: 1.99 and 1.32; no latents and .015:
+# 1.98 and 1.31. distilled, in the setting of DISTILLED_PIECE: 1.943 on unseen wiki-sample, 2.115 with .02.
+SIGN_PACE = Pace(blocks=Rates(0.02, 0.03), tail=Rates(0.0025, 0.01), distilled=Rates(0.0, 0.01))
+# blocks, one epoch at two bits: .251 with .005 and .02, .282 with .005 and .01 and with .01 and .02, .298 with .02 and
+# .03. tail, two epochs at 2.4 bits, from .687 and .493 (unseen wiki-sample, own text): .604 and .442; .001 and .004:
+# .611 and .445; .0025 and .003: .626 and .449; .0025 and .01: .629 and .452. distilled, from the last: .601 and .440
+# with .003, nothing gained with .01.
+FINER_PACE = Pace(blocks=Rates(0.005, 0.02), tail=Rates(0.0005, 0.004), distilled=Rates(0.0, 0.003))
+
+
+def pace(widths: Iterable[int]) -> Pace:
+    """Of what has linears of these bits."""
+    return SIGN_PACE if min(widths) == 1 else FINER_PACE
 
 
 def own_windows(settings: Settings, samples: int) -> int:
@@ -115,7 +132,13 @@ def climb(
     if shapes is None:
         shapes = linear_shapes(model, family)
     # in epochs of reconstruction of the demo model
-    costs = 0.1, 0.2 * (effort.distilled > 0), 0.5 + effort.blocks, 0.3 * effort.tail, 1.3 * effort.distilled
+    costs = (
+        0.6 * mixes_widths(settings, shapes),
+        0.2 * (effort.distilled > 0),
+        0.5 + effort.blocks,
+        0.3 * effort.tail,
+        1.3 * effort.distilled,
+    )
     budget, teacher, blockwise, together, whole = _parts(progress, *costs)
 
     def measure() -> dict[str, int]:
@@ -126,22 +149,22 @@ def climb(
 
     pieces, whole_pieces = _in_pieces(windows, PIECE), _in_pieces(windows, DISTILLED_PIECE)
     widths = saved.notes("budget", measure)
+    own_pace = pace(widths.values())
     states = saved.tensor("teacher", listen) if effort.distilled else None
     stream = BlockStream(model, every, pieces, device, TOGETHER, bf16, offload)
     targets = stream.copy("targets")
-    plan = _plan(pieces, effort.blocks, SIGN_RATES, seed * len(every) * 2 * effort.blocks)
+    plan = _plan(pieces, effort.blocks, own_pace.blocks, seed * len(every) * 2 * effort.blocks)
     run, front = _quantize_blocks(
         stream, targets, blocks, settings, widths, plan, blockwise, saved, most_fallbacks, log
     )
     if effort.whole:
         model.to(device)
     if effort.tail:
-        plan = _plan(pieces, effort.tail, TAIL_RATES, seed * effort.tail)
+        plan = _plan(pieces, effort.tail, own_pace.tail, seed * effort.tail)
         _train_tail(stream, front, targets, blocks, pieces.to(device), plan, together, saved)
     del stream, front, targets  # three sets of hidden states
     if states is not None:
-        rates = Rates(0.0, SIGN_RELATIVE if min(widths.values()) == 1 else FINER_RELATIVE)
-        plan = _plan(whole_pieces, effort.distilled, rates, seed * effort.distilled)
+        plan = _plan(whole_pieces, effort.distilled, own_pace.distilled, seed * effort.distilled)
         told = _telling(whole, "distillation")
         distill(model, model, whole_pieces.to(device), states.to(device), plan, bf16, told, saved)
     if effort.whole:
@@ -162,7 +185,12 @@ def efforts(settings: Settings) -> Effort:
 
 def takes_whole(settings: Settings, shapes: Mapping[str, Sequence[int]]) -> bool:
     """Whether the model must be in memory whole: to be trained together, or to measure what deserves more bits."""
-    return efforts(settings).whole or len(set(widths_alike(settings, shapes).values())) > 1
+    return efforts(settings).whole or mixes_widths(settings, shapes)
+
+
+def mixes_widths(settings: Settings, shapes: Mapping[str, Sequence[int]]) -> bool:
+    """Whether some linears get a bit more than others."""
+    return len(set(widths_alike(settings, shapes).values())) > 1
 
 
 def widths_alike(settings: Settings, shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
@@ -250,7 +278,7 @@ def _quantize_blocks(
             done = enter(block, blocks, stream, settings, name, own)
             if plan.epochs:
                 epochs = plan.epochs * (2 if index < FIRST_BLOCKS else 1)
-                rates = SIGN_RATES if min(own.values()) == 1 else FINER_RATES
+                rates = pace(own.values()).blocks
                 own_plan = replace(plan, epochs=epochs, rates=rates, seed=plan.seed + index * 2 * plan.epochs)
                 reconstruct(block, stream.caller(block), stream.inputs, targets, own_plan, report)
             seconds = time.perf_counter() - started
@@ -313,9 +341,7 @@ def _widths(
 ) -> dict[str, int]:
     """Bits of every linear by name, under the budget."""
     alike = widths_alike(settings, shapes)
-    base = min(alike.values())
-    if max(alike.values()) == base:
+    if not mixes_widths(settings, shapes):
         return alike
-    path = blocks.family.blocks
-    losses = rounding_losses(blocks.model, path, list(shapes), windows[0], base, bf16, report)
+    losses = rounding_losses(blocks, settings, windows, min(alike.values()), bf16, report)
     return allocate(shapes, losses, settings.bpw)
