@@ -154,7 +154,7 @@ def quantize(
 ) -> None:
     """Quantize MODEL into a packed checkpoint OUT."""
     from bellbit import report
-    from bellbit.ptq.ladder import own_windows
+    from bellbit.ptq.effort import own_windows
     from bellbit.ptq.methods import METHODS, Settings
     from bellbit.ptq.quantize import quantize as run
 

@@ -25,7 +25,7 @@ from bellbit.inspection import inspect
 from bellbit.loading import load_config, load_model, load_tokenizer, locate, window_length
 from bellbit.memory import peak_memory
 from bellbit.ptq.distill import teacher_states
-from bellbit.ptq.ladder import own_windows
+from bellbit.ptq.effort import own_windows
 from bellbit.ptq.methods import METHODS, Settings
 from bellbit.ptq.quantize import log_file, quantize
 from bellbit.ptq.resume import Saved

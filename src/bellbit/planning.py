@@ -20,18 +20,10 @@ from bellbit.loading import compute_dtype, load_config, locate, quantized_by, re
 from bellbit.memory import peak_memory
 from bellbit.packed.linears import unfuse
 from bellbit.ptq.blocks import skeleton
-from bellbit.ptq.budget import stored_bits
+from bellbit.ptq.budget import mixes_widths, stored_bits, widths_alike
+from bellbit.ptq.effort import PIECE, TAIL, efforts, own_windows
 from bellbit.ptq.families import check_foldable, family_of
-from bellbit.ptq.ladder import (
-    TAIL,
-    TRAINING_BYTES,
-    WEIGHT_SECONDS,
-    bf16_pays,
-    efforts,
-    mixes_widths,
-    own_windows,
-    widths_alike,
-)
+from bellbit.ptq.ladder import bf16_pays
 from bellbit.ptq.loop import linear_shapes, weight_of
 from bellbit.ptq.methods import METHODS, Settings
 from bellbit.ptq.quantize import check_samples, reads_whole
@@ -41,6 +33,8 @@ TRIAL_PRODUCT = 2048  # width of a product that is timed
 # In float32, held while the widest linear is quantized; by what a block of LLaMA-2-7B took, see docs/scaling.md.
 FACTORS, COPIES = 3, 4  # arrays of its Hessian's size, and of its own
 WRITING = 4  # a token that the model writes takes as long as so many that it reads: measured on the demo model
+TRAINING_BYTES = 20  # for a weight in training: latent, gradient, two averages and the best so far, float32 each
+WEIGHT_SECONDS = 6.5e-9 / PIECE  # for a weight and a token, besides products: of Adam, clipping, straight-through
 ACTIVATIONS = 3  # arrays of the widest inner size that a block's forward pass holds at once
 
 

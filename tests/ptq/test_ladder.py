@@ -10,7 +10,7 @@ from bellbit.errors import BellbitError
 from bellbit.packed.linear import packed_linears
 from bellbit.packed.planes import Sign128, Symmetric
 from bellbit.packed.tensor import mean_over_weights
-from bellbit.ptq import budget, entering, ladder, resume
+from bellbit.ptq import budget, effort, entering, ladder, resume
 from bellbit.ptq.blocks import Blocks
 from bellbit.ptq.collect import FEWEST_TOKENS
 from bellbit.ptq.distill import Front, divergence, teacher_states
@@ -35,7 +35,7 @@ def climbed(name="llama", tokens=None, seed=0, saved=None, progress=lambda *_: N
 @pytest.fixture
 def briefly(monkeypatch):
     """`best` with two epochs of each kind."""
-    monkeypatch.setitem(ladder.EFFORTS, "best", ladder.Effort(blocks=2, tail=2, distilled=2))
+    monkeypatch.setitem(effort.EFFORTS, "best", effort.Effort(blocks=2, tail=2, distilled=2))
 
 
 @pytest.mark.parametrize("name", sorted(CONFIGS))
@@ -145,7 +145,7 @@ def test_what_the_first_blocks_give_stands_for_them(name, count):
 @pytest.mark.parametrize("tail", [1, 4])
 def test_the_tail_is_trained_and_what_comes_before_it_stays(monkeypatch, tail):
     monkeypatch.setattr(ladder, "TAIL", tail)
-    monkeypatch.setitem(ladder.EFFORTS, "best", ladder.Effort(blocks=1, tail=4, distilled=0))
+    monkeypatch.setitem(effort.EFFORTS, "best", effort.Effort(blocks=1, tail=4, distilled=0))
     before, _ = climbed(tokens=windows(24, 64), rungs=RUNGS[1:4], effort="best")
     after, _ = climbed(tokens=windows(24, 64), rungs=RUNGS[1:5], effort="best")
     changed = {name: not torch.equal(t, after.state_dict()[name]) for name, t in before.state_dict().items()}
@@ -167,7 +167,7 @@ def test_every_linear_is_one_bit(name):
 
 
 def test_every_rung_comes_nearer_to_the_float_model(monkeypatch):
-    monkeypatch.setitem(ladder.EFFORTS, "best", ladder.Effort(blocks=4, tail=4, distilled=4))
+    monkeypatch.setitem(effort.EFFORTS, "best", effort.Effort(blocks=4, tail=4, distilled=4))
     tokens = windows(24, 64)
     with torch.no_grad():
         expected = random_model(CONFIGS["llama"]())(tokens).logits.log_softmax(-1)

@@ -47,6 +47,16 @@ def allocate(shapes: Mapping[str, Sequence[int]], losses: Mapping[str, float], b
     return widths
 
 
+def widths_alike(settings: Settings, shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
+    """Bits of every linear if nothing is known of their losses."""
+    return allocate(shapes, dict.fromkeys(shapes, 0.0), settings.bpw)
+
+
+def mixes_widths(settings: Settings, shapes: Mapping[str, Sequence[int]]) -> bool:
+    """Whether some linears get a bit more than others."""
+    return len(set(widths_alike(settings, shapes).values())) > 1
+
+
 @torch.no_grad()
 def rounding_losses(
     blocks: Blocks, settings: Settings, windows: Tensor, width: int, bf16: bool, report: Callable[[float], None]
@@ -81,3 +91,19 @@ def rounding_losses(
             stream.run(block, stream.inputs, ignore)
         report((index + 1) / len(blocks.all))
     return found
+
+
+def choose_widths(
+    blocks: Blocks,
+    settings: Settings,
+    shapes: Mapping[str, Sequence[int]],
+    windows: Tensor,
+    bf16: bool,
+    report: Callable[[float], None],
+) -> dict[str, int]:
+    """Bits of every linear by full name, under the limit of `settings`. shapes: (out, in) of all of them."""
+    alike = widths_alike(settings, shapes)
+    if not mixes_widths(settings, shapes):
+        return alike
+    losses = rounding_losses(blocks, settings, windows, min(alike.values()), bf16, report)
+    return allocate(shapes, losses, settings.bpw)

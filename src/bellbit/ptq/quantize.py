@@ -37,8 +37,9 @@ from bellbit.processes import processes
 from bellbit.ptq.attention import fast_attention
 from bellbit.ptq.blocks import Blocks, BlocksFromFiles, check_finite, skeleton
 from bellbit.ptq.discover import discover
+from bellbit.ptq.effort import EFFORTS, own_windows
 from bellbit.ptq.families import FAMILIES, Family, check_foldable, family_of
-from bellbit.ptq.ladder import EFFORTS, bf16_pays, climb, own_windows, takes_whole
+from bellbit.ptq.ladder import bf16_pays, climb, takes_whole
 from bellbit.ptq.loop import FALLBACK_LIMIT, Observer, Progress, Run, linear_shapes, quantize_model
 from bellbit.ptq.methods import METHODS, Settings
 from bellbit.ptq.resume import Saved, fingerprint
