@@ -239,7 +239,7 @@ def _seconds(
     found[settings.method] = codes
     if method.climbs:
         if mixes_widths(settings, sizes.shapes):  # one linear after the other, and what follows
-            after = sizes.weights / 2 + sizes.parameters - sizes.weights
+            after = sizes.parameters - sizes.weights / 2
             found["bit budget"] = codes + len(sizes.shapes) * 2 * after * length / speed
         effort, share = efforts(settings), min(1.0, TAIL / len(sizes.blocks))
         blockwise = (effort.blocks + share * effort.tail + effort.distilled) * sizes.weights

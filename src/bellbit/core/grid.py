@@ -18,6 +18,7 @@ from bellbit.core.hessian import InverseFactor
 
 GROUP = 128
 STEPS = {1: 2.0, 2: 1.248, 3: 0.734, 4: 0.42}  # best scale by width for a bell, over its mean magnitude (Max 1960)
+SMALLEST_SCALE = torch.finfo(torch.float16).tiny  # as scales are stored
 LLOYD_ROUNDS = 8  # of scales and codes in turn
 
 
@@ -44,13 +45,12 @@ def fit_scales(weight: Tensor, importance: Tensor, width: int, group: int = GROU
     Returns float32 (out, ⌈in/group⌉), positive; a group of zeros gets the smallest normal float16.
     """
     columns = weight.shape[1]
-    smallest = torch.finfo(torch.float16).tiny
     total = in_groups(importance.expand_as(weight), group).clamp_min(1e-30)
-    scales = (STEPS[width] * in_groups(weight.abs() * importance, group) / total).clamp_min(smallest)
+    scales = (STEPS[width] * in_groups(weight.abs() * importance, group) / total).clamp_min(SMALLEST_SCALE)
     for _ in range(1 if width == 1 else LLOYD_ROUNDS):
         levels = nearest_levels(weight / spread(scales, columns, group), width)
         fitted = in_groups(weight * levels * importance, group)
-        scales = (fitted / in_groups(levels.square() * importance, group).clamp_min(1e-30)).clamp_min(smallest)
+        scales = (fitted / in_groups(levels.square() * importance, group).clamp_min(1e-30)).clamp_min(SMALLEST_SCALE)
     return scales
 
 
@@ -65,7 +65,7 @@ def refit_scales(weight: Tensor, levels: Tensor, scales: Tensor, hessian: Tensor
     target = in_groups(levels * (weight @ hessian), group)
     normal = torch.stack([in_groups(levels * (levels[:, part] @ hessian[part]), group) for part in parts], dim=2)
     solved = torch.linalg.solve_ex(normal.double(), target.double())[0].float()
-    sound = (solved > torch.finfo(torch.float16).tiny).all(dim=1, keepdim=True) & solved.isfinite().all(1, keepdim=True)
+    sound = (solved > SMALLEST_SCALE).all(dim=1, keepdim=True) & solved.isfinite().all(1, keepdim=True)
     return torch.where(sound, solved, scales)
 
 
@@ -133,7 +133,7 @@ def first_codes(weight: Tensor, factor: InverseFactor | None, width: int) -> tup
     levels, scales = feedback_levels(weight, factor, width)
     levels, scales = descend(weight, levels, refit_scales(weight, levels, scales, hessian), hessian, width)
     nothing = ~weight.any(dim=1, keepdim=True)
-    return levels.masked_fill_(nothing, 0.5), scales.masked_fill_(nothing, torch.finfo(torch.float16).tiny)
+    return levels.masked_fill_(nothing, 0.5), scales.masked_fill_(nothing, SMALLEST_SCALE)
 
 
 class _StraightThrough(torch.autograd.Function):

@@ -66,17 +66,17 @@ def rounding_losses(
     blocks: of a model that is in memory. windows: token ids (samples, length); the first is what is measured on, the
     next HEARD make the Hessians. Without the rung `codes` it is plain rounding. Returns losses by full name.
     """
-    model, family = blocks.model, blocks.family
-    measured = BlockStream(model, blocks.all, windows[:1], "cpu", 1, bf16)
-    heard = BlockStream(model, blocks.all, windows[1 : 1 + HEARD] if len(windows) > 1 else windows, "cpu", 1, bf16)
+    model, family, every = blocks.model, blocks.family, blocks.all
+    measured = BlockStream(model, every, windows[:1], "cpu", 1, bf16)
+    heard = BlockStream(model, every, windows[1 : 1 + HEARD] if len(windows) > 1 else windows, "cpu", 1, bf16)
     states = teacher_states(model, windows[:1], bf16)[0]
     head = model.get_output_embeddings().weight.to(states.dtype)
     found: dict[str, float] = {}
-    for index, block in enumerate(blocks.all):
+    for index, block in enumerate(every):
         hessians: dict[InputGroup, Tensor] = {}
         if "codes" in settings.rungs:
             hessians = group_hessians(heard, block, family, settings, blocks.name(index), ignore)
-        front = Front(blocks.all[:index], measured.inputs, measured.in_tuple)
+        front = Front(every[:index], measured.inputs, measured.in_tuple)
         for group in family.groups_of(block):
             factor = inverse_factor(hessians.pop(group)) if group in hessians else None
             for linear in group.linears:
@@ -87,9 +87,9 @@ def rounding_losses(
                 own = teacher_states(model, windows[:1], bf16, front=front)[0]
                 found[f"{blocks.name(index)}.{linear}"] = float(divergence(own, states, head, logit_cap(model.config)))
                 weight.copy_(kept)
-        for stream in (measured, heard):
+        for stream in (measured, heard) if block is not every[-1] else ():
             stream.run(block, stream.inputs, ignore)
-        report((index + 1) / len(blocks.all))
+        report((index + 1) / len(every))
     return found
 
 
