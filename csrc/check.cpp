@@ -126,15 +126,19 @@ void check_planes(const Kernels& k, int64_t rows, int64_t columns) {
         dense[dense_at(r, c)] = bit(at + 2, c - b * kBlock) ? d : -d;
     }
   const Planes sign128{signs.data() + 2, 1,  rows, columns, 0, 2 * blocks + width, 18, Grid::kSign128, nullptr, nullptr,
-                       0};
+                       0, {}};
   check(k, "sign128", sign128, dense, k.planes, k.unpack_planes, true);
 
   for (int64_t planes = 1; planes <= 8; planes++) {
-    std::vector<uint8_t> codes(static_cast<size_t>(planes * rows * width)), zeros(static_cast<size_t>(rows * blocks));
+    std::vector<uint8_t> codes(static_cast<size_t>(planes * rows * width)), zeros(static_cast<size_t>(rows * blocks)),
+        numbers(zeros.size());
+    float table[256];
     std::vector<uint16_t> scales(zeros.size());
     std::vector<float> row_scales(static_cast<size_t>(rows));
     std::vector<double> scale_values(zeros.size());
     for (auto& b : codes) b = byte();
+    for (auto& n : numbers) n = byte();
+    for (auto& scale : table) scale = uniform();
     for (auto& z : zeros) z = static_cast<uint8_t>(byte() % (1 << planes));
     for (size_t i = 0; i < scales.size(); i++) scales[i] = random_half(&scale_values[i]);
     for (auto& s : row_scales) s = uniform();
@@ -149,14 +153,16 @@ void check_planes(const Kernels& k, int64_t rows, int64_t columns) {
         dense[dense_at(r, c)] = scale_values[g] * (code(r, c) - zeros[g]);
       }
     const Planes groups{codes.data(), planes, rows, columns, rows * width, width, 16, Grid::kGroups, scales.data(),
-                        zeros.data(), 0};
+                        zeros.data(), 0, {}};
     check(k, "uniform", groups, dense, k.planes, k.unpack_planes, true);
     const float middle = static_cast<float>((1 << planes) - 1) / 2;
     for (int64_t r = 0; r < rows; r++)
       for (int64_t c = 0; c < columns; c++)
-        dense[dense_at(r, c)] = scale_values[static_cast<size_t>(r * blocks + c / kBlock)] * (code(r, c) - middle);
-    const Planes symmetric{codes.data(), planes, rows, columns, rows * width, width, 16, Grid::kGroups, scales.data(),
-                           nullptr, middle};
+        dense[dense_at(r, c)] =
+            table[numbers[static_cast<size_t>(r * blocks + c / kBlock)]] * static_cast<double>(code(r, c) - middle);
+    Planes symmetric{codes.data(), planes, rows, columns, rows * width, width, 16, Grid::kTable, numbers.data(),
+                     nullptr, middle, {}};
+    std::copy(table, table + 256, symmetric.table);
     check(k, "symmetric", symmetric, dense, k.planes, k.unpack_planes, true);
     const float half = static_cast<float>(1 << (planes - 1));
     const float zero = planes <= 2 ? half - 0.5f : half;
@@ -164,7 +170,7 @@ void check_planes(const Kernels& k, int64_t rows, int64_t columns) {
       for (int64_t c = 0; c < columns; c++)
         dense[dense_at(r, c)] = static_cast<double>(row_scales[static_cast<size_t>(r)]) * (code(r, c) - zero);
     const Planes by_row{codes.data(), planes, rows, columns, rows * width, width, 16, Grid::kRows, row_scales.data(),
-                        nullptr, zero};
+                        nullptr, zero, {}};
     check(k, "bellbox", by_row, dense, k.planes, k.unpack_planes, true);
   }
 }

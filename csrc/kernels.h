@@ -13,6 +13,7 @@ constexpr int64_t kLanes = 16;   // floats that the kernels handle together
 enum class Grid : int {
   kSign128,  // ±d: a float16 d in front of the 16 bytes of each block
   kGroups,   // float16 scales and, unless there is one for all, uint8 zero points, (rows, blocks)
+  kTable,    // uint8 numbers of scales in a table, (rows, blocks), one zero point for all
   kRows,     // one float32 scale per row, one zero point for all
 };
 
@@ -24,7 +25,8 @@ struct Planes {
   Grid grid;
   const void* scales;    // kSign128: unused
   const uint8_t* zeros;  // kGroups; null where `zero` serves
-  float zero;            // kRows and kGroups
+  float zero;            // all but kSign128
+  float table[256];      // kTable
 };
 
 // Two bits into one of two 4-entry tables per row and block (layout codebook2).

@@ -33,6 +33,12 @@ struct PlanesBody {
         scales[g] *= 0.5f;
         zeros[g] = 2 * (w.zeros ? static_cast<float>(w.zeros[row * groups + g]) : w.zero) - all;
       }
+    } else if (w.grid == Grid::kTable) {
+      const uint8_t* number = static_cast<const uint8_t*>(w.scales) + row * groups;
+      for (int64_t g = 0; g < groups; g++) {
+        scales[g] = 0.5f * w.table[number[g]];
+        zeros[g] = 2 * w.zero - all;
+      }
     } else if (w.grid == Grid::kRows) {
       scales[0] = 0.5f * element(static_cast<const float*>(w.scales), row);
       zeros[0] = 2 * w.zero - all;

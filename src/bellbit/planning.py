@@ -20,12 +20,12 @@ from bellbit.loading import compute_dtype, load_config, locate, quantized_by, re
 from bellbit.memory import peak_memory
 from bellbit.packed.linears import unfuse
 from bellbit.ptq.blocks import skeleton
-from bellbit.ptq.budget import mixes_widths, stored_bits, widths_alike
+from bellbit.ptq.budget import mixes_widths, widths_alike
 from bellbit.ptq.effort import PIECE, TAIL, efforts, own_windows
 from bellbit.ptq.families import check_foldable, family_of
 from bellbit.ptq.ladder import bf16_pays
 from bellbit.ptq.loop import linear_shapes, weight_of
-from bellbit.ptq.methods import METHODS, Settings
+from bellbit.ptq.methods import METHODS, Settings, bits_of_levels
 from bellbit.ptq.quantize import check_samples, reads_whole
 
 TRIAL_ROWS, TRIAL_COLUMNS = 2048, 512  # of a weight that is quantized to see how long it takes and what it stores
@@ -196,7 +196,7 @@ def _trials(shapes: Mapping[str, Sequence[int]], settings: Settings) -> tuple[fl
     whole = sum(map(math.prod, shapes.values()))
     if METHODS[settings.method].climbs:
         widths = widths_alike(settings, shapes)
-        bits = sum(stored_bits(shape[1], widths[name]) * math.prod(shape) for name, shape in shapes.items())
+        bits = sum(bits_of_levels(shape, widths[name]) * math.prod(shape) for name, shape in shapes.items())
     return bits / whole, seconds
 
 

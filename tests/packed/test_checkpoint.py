@@ -99,7 +99,7 @@ def edit_config(folder, change):
 @pytest.mark.parametrize(("version", "way_out"), [(99, "upgrade"), (None, "upgrade"), (1, "quantize again")])
 def test_another_format_is_refused(copy, version, way_out):
     edit_config(copy, lambda q: q.update(format_version=version))
-    refused(copy, f"format version {version}, this bellbit reads 2: {way_out}")
+    refused(copy, f"format version {version}, this bellbit reads 3: {way_out}")
 
 
 @pytest.mark.parametrize(

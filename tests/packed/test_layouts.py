@@ -15,7 +15,7 @@ from bellbit.packed.codebook2 import Codebook2, from_shared_exponent, round_scal
 from bellbit.packed.layouts import LAYOUTS
 from bellbit.packed.partial import Partial
 from bellbit.packed.plain import Float16, NormalFloat
-from bellbit.packed.planes import Bellbox, Sign128, Uniform
+from bellbit.packed.planes import Bellbox, Sign128, Symmetric, Uniform
 from bellbit.packed.rowcolumn import RowColumn
 
 
@@ -248,3 +248,22 @@ def test_bellbox_meets_rotated_input():
 
     assert torch.allclose(reference.linear(x, weight, None), x @ weight.dequantize().t(), atol=1e-4)
     assert weight.bits_per_weight == 2 + 32 / 200
+
+
+def test_scales_of_symmetric_are_steps_between_the_largest_and_the_smallest():
+    levels = torch.tensor([[-1.5, 0.5], [1.5, -0.5], [0.5, 0.5]])
+    scales = torch.tensor([[8.0], [8 * 2**-0.3], [0.25]])
+    weight = Symmetric.pack(levels, scales, 2)
+    assert weight.octaves.tolist() == pytest.approx([3, 5 / 255])
+    assert weight.steps.flatten().tolist() == [0, 15, 255]  # .3 · 255 / 5 = 15.3
+    assert weight.scales.flatten().tolist() == pytest.approx([8, 8 * 2 ** (-15 * 5 / 255), 0.25])
+    torch.testing.assert_close(weight.dequantize(), levels * weight.scales)
+    assert weight.bits == {"codes": 8.0, "scales": 4 + 64 / 6}  # bytes of two columns
+
+    generator = torch.Generator().manual_seed(0)
+    scales = torch.exp2(-4 * torch.rand(100, 10, generator=generator))
+    weight = Symmetric.pack(torch.full((100, 1280), 0.5), scales, 2)
+    assert float((weight.scales / scales).log2().abs().max()) < 2.001 / 255
+    assert weight.bits_per_weight == 2 + 8 / 128 + 64 / 128000
+    equal = Symmetric.pack(levels, torch.full((3, 1), 0.75), 2)
+    assert equal.scales.flatten().tolist() == pytest.approx([0.75] * 3)

@@ -98,7 +98,7 @@ def test_a_latent_linear_starts_with_the_codes_it_is_given_and_packs_them():
         torch.testing.assert_close(layer.weight(), expected)
         packed = layer.packed()
         assert isinstance(packed, layout)
-        torch.testing.assert_close(packed.dequantize(), expected, rtol=1e-3, atol=0)
+        torch.testing.assert_close(packed.dequantize(), expected, rtol=2e-3, atol=0)
         x = torch.randn(3, 200, generator=generator)
         torch.testing.assert_close(layer(x), x @ expected.t(), rtol=1e-4, atol=1e-4)
 
@@ -298,10 +298,10 @@ def test_the_budget_goes_to_what_gains_most_and_is_kept():
     shapes = {"a": (100, 128), "b": (100, 128), "c": (50, 128), "d": (100, 64)}
     losses = {"a": 1.0, "b": 3.0, "c": 2.0, "d": 0.1}
     widths = budget.allocate(shapes, losses, bpw=1.7)
-    # of 38 400 weights; codes may take 1.7 bits of each less the scales' 16/128, for d 16/64
+    # of 38 400 weights; scales take 16/128 of a bit at one bit, for d 16/64, and half of that at two bits
     assert widths == {"a": 1, "b": 2, "c": 2, "d": 1}
-    assert set(budget.allocate(shapes, losses, bpw=1.125).values()) == {1}
-    assert set(budget.allocate(shapes, losses, bpw=3.125).values()) == {2, 3}
+    for limit, expected in ((1.125, {1}), (2.075, {1, 2}), (2.085, {2}), (3.0, {2, 3}), (3.085, {3})):
+        assert set(budget.allocate(shapes, losses, bpw=limit).values()) == expected
 
 
 @pytest.mark.parametrize("bpw", [1.3, 2.4])

@@ -26,7 +26,7 @@ except ImportError:  # built without a compiler
 BUILT = _kernels is not None  # a constant: torch.compile breaks its graph at calls into an extension
 FEW_TOKENS = 16  # up to here the packed kernels beat a product with unpacked panels
 PANEL_BYTES = 1 << 23  # of unpacked weights at a time: they stay in the cache between unpacking and product
-_SIGN128, _GROUPS, _ROWS = range(3)  # Grid in csrc/kernels.h
+_SIGN128, _GROUPS, _TABLE, _ROWS = range(4)  # Grid in csrc/kernels.h
 
 
 def available() -> list[str]:
@@ -68,7 +68,7 @@ _ARGUMENTS: dict[type[PackedTensor], Callable[[Any], tuple[Any, ...]]] = {
     Codebook2: lambda w: (w.codes, w.salient, w.scales, w.exponents, w.shape[1], w.block_size),
     Sign128: lambda w: (w.blocks, w.shape[1]),
     Bellbox: lambda w: (w.codes, w.scales, w.shape[1], w.zero),
-    Symmetric: lambda w: (w.codes, w.scales, w.shape[1]),
+    Symmetric: lambda w: (w.codes, w.steps, w.octaves, w.shape[1]),
     Uniform: lambda w: (w.codes, w.scales, w.zeros, w.shape[1]),
 }
 
@@ -100,7 +100,15 @@ def _codebook2(
     )
 
 
-def _planes(codes: Tensor, columns: int, grid: int, scales: int, zeros: int = 0, zero: float = 0) -> Any:
+def _planes(
+    codes: Tensor,
+    columns: int,
+    grid: int,
+    scales: int,
+    zeros: int = 0,
+    zero: float = 0,
+    octaves: tuple[float, float] = (0, 0),
+) -> Any:
     width, rows, row_bytes = codes.shape[0], codes.shape[1], -(-columns // 8)
     if not 1 <= width <= 8:
         raise ValueError(f"codes of {width} bits are not possible; 1 to 8 are")
@@ -116,6 +124,8 @@ def _planes(codes: Tensor, columns: int, grid: int, scales: int, zeros: int = 0,
         scales=scales,
         zeros=zeros,
         zero=zero,
+        top=octaves[0],
+        step=octaves[1],
     )
 
 
@@ -133,6 +143,8 @@ def _sign128(blocks: Tensor, columns: int) -> Any:
         scales=0,
         zeros=0,
         zero=0,
+        top=0,
+        step=0,
     )
 
 
@@ -142,9 +154,10 @@ def _uniform(codes: Tensor, scales: Tensor, zeros: Tensor, columns: int) -> Any:
     return _planes(codes, columns, _GROUPS, scale, zero)
 
 
-def _symmetric(codes: Tensor, scales: Tensor, columns: int) -> Any:
-    scale = _require(scales, torch.float16, codes.shape[1], -(-columns // SIGN_BLOCK))
-    return _planes(codes, columns, _GROUPS, scale, zero=(2 ** codes.shape[0] - 1) / 2)
+def _symmetric(codes: Tensor, steps: Tensor, octaves: Tensor, columns: int) -> Any:
+    scale = _require(steps, torch.uint8, codes.shape[1], -(-columns // SIGN_BLOCK))
+    top, step = octaves.tolist()
+    return _planes(codes, columns, _TABLE, scale, zero=(2 ** codes.shape[0] - 1) / 2, octaves=(top, step))
 
 
 def _bellbox(codes: Tensor, scales: Tensor, columns: int, zero: float) -> Any:
@@ -360,6 +373,6 @@ if _kernels is not None:
         rows_axis=0,
     )
     _define("sign128", "Tensor blocks, int columns", _sign128, rows_axis=0)
-    _define("symmetric", "Tensor codes, Tensor scales, int columns", _symmetric, rows_axis=1)
+    _define("symmetric", "Tensor codes, Tensor steps, Tensor octaves, int columns", _symmetric, rows_axis=1)
     _define("uniform", "Tensor codes, Tensor scales, Tensor zeros, int columns", _uniform, rows_axis=1)
     _define("bellbox", "Tensor codes, Tensor scales, int columns, float zero", _bellbox, rows_axis=1)

@@ -24,7 +24,7 @@ from bellbit.packed.layouts import LAYOUTS
 from bellbit.packed.tensor import PackedTensor
 from bellbit.quantizers import input_tensors, parse
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MAX_SHARD_SIZE = "1GB"  # as much is in memory while it is written
 _CHECKSUMS = "crc32"
 _DTYPE_NAMES = {torch.uint8: "U8", torch.int8: "I8", torch.float16: "F16", torch.float32: "F32"}

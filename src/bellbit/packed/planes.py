@@ -28,6 +28,7 @@ def unpack_codes(planes: Tensor, columns: int) -> Tensor:
 
 SIGN_BLOCK = 128  # columns that share a scale wherever kernels want it so
 _SCALE_BYTES = 2
+_LAST_STEP = 255
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +86,8 @@ class Symmetric(PackedTensor):
     """Codes of `width` bits on a grid without zero, per row and group of columns: w = scale·(code − (2^width − 1)/2).
 
     codes: uint8 (width, out, ⌈in/8⌉), one bit plane per bit of the code, lowest first.
-    scales: float16 (out, groups).
+    steps: uint8 (out, groups), of each scale below the largest: scale = 2^(octaves[0] − octaves[1]·steps).
+    octaves: float32 (2,), where the largest is and how long a step is, so that the smallest is 255 steps away.
     """
 
     layout: ClassVar[str] = "symmetric"
@@ -93,7 +95,8 @@ class Symmetric(PackedTensor):
     width: int
     group_size: int
     codes: Tensor
-    scales: Tensor
+    steps: Tensor
+    octaves: Tensor
 
     @property
     def zero(self) -> float:
@@ -105,20 +108,33 @@ class Symmetric(PackedTensor):
         rows, columns = shape
         return {
             "codes": TensorSpec((options["width"], rows, packed_width(columns)), torch.uint8, ("codes",)),
-            "scales": TensorSpec((rows, -(-columns // options["group_size"])), torch.float16, ("scales",)),
+            "steps": TensorSpec((rows, -(-columns // options["group_size"])), torch.uint8, ("scales",)),
+            "octaves": TensorSpec((2,), torch.float32, ("scales",)),
         }
 
     @classmethod
     def pack(cls, levels: Tensor, scales: Tensor, width: int, group_size: int = SIGN_BLOCK) -> Symmetric:
-        """levels: (out, in), ±½ … ±(2^width − 1)/2. scales: float (out, groups), rounded to float16 here."""
+        """levels: (out, in), ±½ … ±(2^width − 1)/2. scales: float (out, groups), positive; rounded to a step here.
+
+        The demo model's span 4 octaves a weight (at most 10), so that a step is a sixtieth and changes them by .3 %.
+        """
         codes = (levels + (2**width - 1) / 2).to(torch.uint8)
         shape = (levels.shape[0], levels.shape[1])
-        return cls(shape, width, group_size, pack_codes(codes, width), scales.half())
+        wanted = scales.double().log2()
+        octaves = torch.stack([wanted.max(), (wanted.max() - wanted.min()) / _LAST_STEP]).float()
+        steps = ((octaves[0] - wanted) / octaves[1].clamp_min(1e-9)).round_().clamp_(0, _LAST_STEP).to(torch.uint8)
+        return cls(shape, width, group_size, pack_codes(codes, width), steps, octaves)
+
+    @property
+    def scales(self) -> Tensor:
+        """float32 (out, groups)."""
+        top, step = self.octaves.double()
+        return torch.exp2(top - step * self.steps).float()
 
     def dequantize(self) -> Tensor:
         columns = self.shape[1]
         group = torch.arange(columns, device=self.codes.device) // self.group_size
-        return self.scales.float()[:, group] * (unpack_codes(self.codes, columns) - self.zero)
+        return self.scales[:, group] * (unpack_codes(self.codes, columns) - self.zero)
 
     @property
     def nominal_bits(self) -> float:

@@ -9,22 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bellbit.core.grid import GROUP, first_codes, spread
+from bellbit.core.grid import WIDEST, first_codes, spread
 from bellbit.core.hessian import inverse_factor
 from bellbit.ptq.blocks import Blocks
 from bellbit.ptq.collect import group_hessians
 from bellbit.ptq.distill import Front, divergence, logit_cap, teacher_states
 from bellbit.ptq.families import InputGroup
-from bellbit.ptq.methods import Settings
+from bellbit.ptq.methods import Settings, bits_of_levels
 from bellbit.ptq.stream import BlockStream, ignore
 
-SCALE_BITS = 16
 HEARD = 8  # windows whose inputs make the Hessians that losses are measured with
-
-
-def stored_bits(columns: int, width: int) -> float:
-    """Bits per weight of a row: its codes, and a scale per group, the last group perhaps shorter."""
-    return width + SCALE_BITS * math.ceil(columns / GROUP) / columns
 
 
 def allocate(shapes: Mapping[str, Sequence[int]], losses: Mapping[str, float], bpw: float) -> dict[str, int]:
@@ -35,15 +29,19 @@ def allocate(shapes: Mapping[str, Sequence[int]], losses: Mapping[str, float], b
     limit, because last groups are short, one bit each it is.
     """
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
-    whole = sum(sizes.values())
-    scales = sum(sizes[name] * stored_bits(shape[1], 0) for name, shape in shapes.items())
-    base = max(1, math.floor((bpw * whole - scales) / whole))
-    left = bpw * whole - scales - base * whole
-    widths = dict.fromkeys(shapes, base)
-    for name in sorted(shapes, key=lambda name: losses[name] / sizes[name], reverse=True):
-        if sizes[name] <= left:
+
+    def stored(name: str, width: int) -> float:
+        return sizes[name] * bits_of_levels(shapes[name], width)
+
+    limit, base = bpw * sum(sizes.values()), 1
+    while base < WIDEST and sum(stored(name, base + 1) for name in shapes) <= limit:
+        base += 1
+    widths, left = dict.fromkeys(shapes, base), limit - sum(stored(name, base) for name in shapes)
+    for name in sorted(shapes, key=lambda name: losses[name] / sizes[name], reverse=True) if base < WIDEST else ():
+        more = stored(name, base + 1) - stored(name, base)
+        if more <= left:
             widths[name] += 1
-            left -= sizes[name]
+            left -= more
     return widths
 
 

@@ -14,7 +14,6 @@ from bellbit.core.columns import Start, column_scales
 from bellbit.core.grid import first_codes
 from bellbit.core.hessian import inverse_factor
 from bellbit.ptq.blocks import Blocks
-from bellbit.ptq.budget import stored_bits
 from bellbit.ptq.collect import group_hessians
 from bellbit.ptq.families import (
     Family,
@@ -26,7 +25,7 @@ from bellbit.ptq.families import (
 )
 from bellbit.ptq.latent import LatentLinear
 from bellbit.ptq.loop import Run, relative_error, weight_of
-from bellbit.ptq.methods import Settings
+from bellbit.ptq.methods import Settings, bits_of_levels
 from bellbit.ptq.stream import BlockStream, ignore
 
 HESSIAN_PIECES = 128  # at most; what training starts from need not know all
@@ -57,7 +56,7 @@ def enter(
             layer = LatentLinear.starting(weight, levels, scales, widths[linear], old.bias)
             block.set_submodule(linear, layer)
             run.errors[linear] = relative_error(weight, layer.weight(), hessian)
-            run.bits[linear] = stored_bits(weight.shape[1], widths[linear])
+            run.bits[linear] = bits_of_levels(weight.shape, widths[linear])
             run.nominal[linear] = widths[linear]
     return run
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -25,9 +25,9 @@ from bellbit.core.uniform import quantize_uniform
 from bellbit.errors import BellbitError
 from bellbit.packed.codebook2 import Codebook2, round_scales
 from bellbit.packed.partial import Partial
-from bellbit.packed.planes import Sign128, Symmetric, Uniform
+from bellbit.packed.planes import SIGN_BLOCK, Sign128, Symmetric, Uniform
 from bellbit.packed.rowcolumn import RowColumn
-from bellbit.packed.tensor import PackedTensor
+from bellbit.packed.tensor import PackedTensor, stored_bits
 from bellbit.ptq.families import Family
 
 Ltdb = Literal["auto", "learn", "smooth", "off"]
@@ -183,6 +183,12 @@ def _grid(weight: Tensor, factor: InverseFactor | None, settings: Settings) -> P
 def pack_levels(levels: Tensor, scales: Tensor, width: int) -> PackedTensor:
     """A weight on the symmetric grid as it is stored: `sign128` at one bit, else `symmetric`."""
     return Sign128.pack(levels > 0, scales / 2) if width == 1 else Symmetric.pack(levels, scales, width)
+
+
+def bits_of_levels(shape: Sequence[int], width: int) -> float:
+    """Bits per weight that `pack_levels` stores for a weight of `shape` (out, in)."""
+    layout, options = (Sign128, {}) if width == 1 else (Symmetric, {"width": width, "group_size": SIGN_BLOCK})
+    return sum(stored_bits(layout, (shape[0], shape[1]), options).values())
 
 
 METHODS: dict[str, Method] = {
