@@ -77,7 +77,7 @@ def pace(widths: Iterable[int]) -> Pace:
 def own_windows(settings: Settings, samples: int) -> int:
     """How many windows of its own text the model writes beside `samples` of calibration text: as many.
 
-    Three times as many gain nothing in as many steps: .405 for .404 (docs/method.md).
+    Three times as many gain nothing in as many steps: .405 for .404 (docs/trials.md).
     """
     return samples if METHODS[settings.method].climbs and "text" in settings.rungs else 0
 
