@@ -42,7 +42,8 @@ NB_MODULE(_kernels, m) {
             new (self) Planes{at<const uint8_t>(bits), planes, rows, columns, plane_stride, row_stride, block_stride,
                               static_cast<Grid>(grid), at<const void>(scales), at<const uint8_t>(zeros), zero, {}};
             // kTable: the logarithms (base 2) of the largest scale and of the ratio of two neighbours
-            for (int i = 0; i < 256; i++) self->table[i] = static_cast<float>(std::exp2(top - step * i));
+            for (int i = 0; i < 256 && self->grid == Grid::kTable; i++)
+              self->table[i] = static_cast<float>(std::exp2(top - step * i));
           },
           nb::arg("bits"), nb::arg("planes"), nb::arg("rows"), nb::arg("columns"), nb::arg("plane_stride"),
           nb::arg("row_stride"), nb::arg("block_stride"), nb::arg("grid"), nb::arg("scales"), nb::arg("zeros"),
