@@ -1,8 +1,10 @@
 import json
 from dataclasses import replace
+from io import StringIO
 
 import pytest
 import torch
+from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 import bellbit
@@ -150,7 +152,10 @@ def test_rows_are_kept_and_belong_to_their_request(request_, tmp_path, monkeypat
     assert set(json.loads((tmp_path / "compare.json").read_text())["rows"]) == set(asked)
     draw_map(rows, request_.data, tmp_path / "map.png")
     assert (tmp_path / "map.png").stat().st_size > 5000
-    assert comparison_table(rows).row_count == 3
+    screen = StringIO()
+    Console(width=80, file=screen).print(comparison_table(rows, request_.data))
+    for spec in ("none", "sign", "gptq:bits=2"):
+        assert spec in screen.getvalue()
     with pytest.raises(BellbitError, match="is of another comparison"):
         compare(replace(request_, seed=1), ["sign"], tmp_path, lambda *_: None)
 

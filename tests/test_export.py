@@ -92,7 +92,7 @@ def checkpoint(tmp_path_factory):
     """The checkpoint of a small random model with widths that Q1_0 can hold."""
     made = {}
 
-    def make(name, method="sign"):
+    def make(name, method="sign", **options):
         if (name, method) not in made:
             folder = tmp_path_factory.mktemp("export")
             torch.manual_seed(0)
@@ -101,7 +101,9 @@ def checkpoint(tmp_path_factory):
             made[name, method] = folder / "out"
             text = folder / "text.txt"
             text.write_text("".join(random.Random(0).choices("abcdefghijklm", k=4000)))
-            bellbit.quantize(folder / "source", made[name, method], method, calib=str(text), samples=8, seq_len=64)
+            bellbit.quantize(
+                folder / "source", made[name, method], method, calib=str(text), samples=8, seq_len=64, **options
+            )
         return made[name, method]
 
     return make
@@ -140,6 +142,17 @@ def test_sign128_becomes_q1_0_byte_for_byte(checkpoint, tmp_path):
     one = next(item for item in written if item.kind == "Q1_0")
     assert one.bits_per_weight == 1.125 and one.error == 0
     assert not list(tmp_path.glob(".*"))  # nothing half-written stays
+
+
+def test_signs_beside_finer_weights_become_q1_0_too(checkpoint, tmp_path):
+    folder, out = checkpoint("llama", "bellbit", bpw=1.4, rungs=("codes",)), tmp_path / "model.gguf"
+    written = {item.name: item for item in export_gguf(folder, out)}
+    layers = packed_linears(AutoModelForCausalLM.from_pretrained(folder))
+    assert {layer.packed.nominal_bits for layer in layers.values()} == {1, 2}
+    for part, linear in (("attn_v", "self_attn.v_proj"), ("ffn_up", "mlp.up_proj"), ("ffn_down", "mlp.down_proj")):
+        item, packed = written[f"blk.1.{part}.weight"], layers[f"model.layers.1.{linear}"].packed
+        assert item.kind == ("Q1_0" if packed.nominal_bits == 1 else "Q8_0")
+        assert 0 < item.error < (1e-7 if item.kind == "Q1_0" else 1e-3)  # float16's for scales 2⁻¹² at most: 6e-8
 
 
 def test_other_layouts_take_a_wider_type_within_the_budget(checkpoint, tmp_path):

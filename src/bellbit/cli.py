@@ -490,8 +490,9 @@ def compare(
     specs = DEFAULT if methods == "all" else tuple(methods.split(","))
     own = most_own(specs, samples)
     written = f" (bellbit: and up to {own} windows that it writes itself)" if own else ""
+    several = "s" * (len(specs) > 1)
     _say(
-        f"Comparing {len(specs)} methods on {model}, calibrated on {samples} × {_tokens(seq_len)} tokens of "
+        f"Comparing {len(specs)} method{several} on {model}, calibrated on {samples} × {_tokens(seq_len)} tokens of "
         f"{calib}{written}, measured on {data}; results go to {out}."
     )
     request = Request(model, data, seq_len, windows, calib, samples, seed)
@@ -506,7 +507,8 @@ def compare(
     if as_json:
         _print_json({"request": asdict(request), "rows": [asdict(row) for row in rows]})
         return
-    out_console.print(report.comparison_table(rows))
+    for text in data.split(","):
+        out_console.print(report.comparison_table(rows, text))
     _say(drawn)
 
 

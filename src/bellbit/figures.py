@@ -115,7 +115,8 @@ def draw_map(rows: Sequence[Row], text: str, path: Path) -> None:
         axis.scatter(row.bits_per_weight, perplexity, color=AFTER if ours else BEFORE, zorder=3 if ours else 2)
         axis.annotate(row.spec, (row.bits_per_weight, perplexity), (4, 4), textcoords="offset points", fontsize="small")
     axis.set(xlabel="stored bits per quantized weight", ylabel=f"perplexity on {text}", yscale="log")
-    axis.legend(fontsize="small")
+    if axis.get_legend_handles_labels()[0]:  # the line
+        axis.legend(fontsize="small")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 

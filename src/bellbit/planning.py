@@ -195,8 +195,8 @@ def _trials(shapes: Mapping[str, Sequence[int]], settings: Settings) -> tuple[fl
         seconds += each * weights
     whole = sum(map(math.prod, shapes.values()))
     if METHODS[settings.method].climbs:
-        widths = widths_alike(settings, shapes)
-        bits = sum(bits_of_levels(shape, widths[name]) * math.prod(shape) for name, shape in shapes.items())
+        widths, bpw = widths_alike(settings, shapes), settings.bpw
+        bits = sum(bits_of_levels(shape, widths[name], bpw) * math.prod(shape) for name, shape in shapes.items())
     return bits / whole, seconds
 
 

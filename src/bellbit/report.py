@@ -124,29 +124,23 @@ def demo_table(demo: Demo) -> Table:
     return table("SmolLM2-135M-Instruct before and after", header, rows)
 
 
-def comparison_table(rows: Sequence[Compared]) -> Table:
-    """Methods side by side; perplexity, divergence and agreement for every text."""
-    texts = list(rows[0].perplexity)
+def comparison_table(rows: Sequence[Compared], text: str) -> Table:
+    """Methods side by side on one text, narrow enough for a terminal."""
 
     def cells(row: Compared) -> list[str]:
-        found = [
-            cell
-            for text in texts
-            for cell in (
-                perplexity_text(row.perplexity[text]),
-                f"{row.divergence[text]:.3f}",
-                f"{100 * row.same_top[text]:.1f}",
-            )
-        ]
-        cost = [
+        return [
+            row.spec,
+            f"{row.bits_per_weight:.3f}",
+            perplexity_text(row.perplexity[text]),
+            f"{row.divergence[text]:.3f}",
+            f"{100 * row.same_top[text]:.1f}",
             "–" if row.seconds is None else f"{row.seconds:.0f}",
             "–" if not row.peak_bytes else size(row.peak_bytes),
         ]
-        return [row.spec, f"{row.bits_per_weight:.3f}", *found, *cost]
 
-    measured = [f"{what}, {text}" for text in texts for what in ("perplexity", "KL", "same top %")]
-    header = ["method", "bits/weight", *measured, "seconds", "peak memory"]
-    return table("Methods side by side", header, [cells(row) for row in rows])
+    header = ["method", "bits", "perplexity", "KL", "same top %", "seconds", "peak"]
+    title = f"Methods on {text}; bits are all that is stored for a quantized weight"
+    return table(title, header, [cells(row) for row in rows])
 
 
 def export_table(out: str, tensors: Sequence[Exported]) -> Table:

@@ -84,21 +84,21 @@ def test_column_scales_and_their_hessians_leave_the_output_error_as_it_is(name):
 def test_a_weight_of_minus_zero_has_one_sign_in_training_and_packed():
     weight = torch.full((1, 16), -0.0)
     layer = LatentLinear.starting(weight, torch.full((1, 16), 0.5), torch.ones(1, 1), 1, None)
-    assert torch.equal(layer.weight(), layer.packed().dequantize())
+    assert torch.equal(layer.weight(), layer.packed(1.125).dequantize())
 
 
 def test_a_latent_linear_starts_with_the_codes_it_is_given_and_packs_them():
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(6, 200, generator=generator)
-    for width, layout in ((1, Sign128), (3, Symmetric)):
+    for width, bpw, layout in ((1, 1.125, Sign128), (1, 1.2, Symmetric), (3, 3.1, Symmetric)):
         levels = torch.randint(0, 2**width, (6, 200), generator=generator) - (2**width - 1) / 2
         scales = torch.rand(6, 2, generator=generator).half().float() + 0.5
         layer = LatentLinear.starting(weight, levels, scales, width, None)
         expected = levels * scales.repeat_interleave(128, dim=1)[:, :200]
         torch.testing.assert_close(layer.weight(), expected)
-        packed = layer.packed()
+        packed = layer.packed(bpw)
         assert isinstance(packed, layout)
-        torch.testing.assert_close(packed.dequantize(), expected, rtol={1: 1e-3, 3: 2e-3}[width], atol=0)
+        torch.testing.assert_close(packed.dequantize(), expected, rtol={Sign128: 1e-3, Symmetric: 2e-3}[layout], atol=0)
         x = torch.randn(3, 200, generator=generator)
         torch.testing.assert_close(layer(x), x @ expected.t(), rtol=1e-4, atol=1e-4)
 
@@ -298,7 +298,7 @@ def test_the_budget_goes_to_what_gains_most_and_is_kept():
     shapes = {"a": (100, 128), "b": (100, 128), "c": (50, 128), "d": (100, 64)}
     losses = {"a": 1.0, "b": 3.0, "c": 2.0, "d": 0.1}
     widths = budget.allocate(shapes, losses, bpw=1.7)
-    # of 38 400 weights; scales take 16/128 of a bit at one bit, for d 16/64, and half of that at two bits
+    # of 38 400 weights; scales take 8/128 of a bit, for d 8/64
     assert widths == {"a": 1, "b": 2, "c": 2, "d": 1}
     for limit, expected in ((1.125, {1}), (2.075, {1, 2}), (2.085, {2}), (3.0, {2, 3}), (3.085, {3})):
         assert set(budget.allocate(shapes, losses, bpw=limit).values()) == expected

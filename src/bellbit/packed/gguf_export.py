@@ -1,4 +1,4 @@
-"""Export to GGUF, for stock llama.cpp: `sign128` tensors become Q1_0 byte for byte, what cannot takes a wider type."""
+"""Export to GGUF, for stock llama.cpp: signs become Q1_0, `sign128` byte for byte; what cannot takes a wider type."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ from torch import Tensor
 
 from bellbit.errors import BellbitError
 from bellbit.files import beside
+from bellbit.packed.bits import unpack_bits
 from bellbit.packed.gguf_types import TYPES, choose
 from bellbit.packed.linear import packed_linears
-from bellbit.packed.planes import SIGN_BLOCK, Sign128
+from bellbit.packed.planes import SIGN_BLOCK, Sign128, Symmetric
+from bellbit.packed.tensor import PackedTensor
 from bellbit.ptq.families import family_of
 
 # transformers' model type -> llama.cpp's name of the architecture
@@ -137,11 +139,24 @@ def _add_tensor(
         stored = kind.pack(values)
         error = float(np.square(kind.unpack(stored).astype(np.float32) - values).sum() / np.square(values).sum())
         return _matrix(writer, target, kind.name, values.shape, stored, error)
-    if isinstance(tensor, Sign128) and tensor.shape[1] % SIGN_BLOCK == 0:
-        return _matrix(writer, target, "Q1_0", tensor.shape, turn(tensor.blocks).numpy(), 0.0)
-    values = turn(tensor.dequantize()).numpy()
+    weight = tensor.dequantize()
+    if (signs := _as_q1_0(tensor)) is not None:
+        error = float((signs.dequantize() - weight).square().sum() / weight.square().sum())
+        return _matrix(writer, target, "Q1_0", tensor.shape, turn(signs.blocks).numpy(), error)
+    values = turn(weight).numpy()
     kind, stored, error = choose(values, budget)
     return _matrix(writer, target, kind.name, values.shape, stored, error)
+
+
+def _as_q1_0(tensor: PackedTensor) -> Sign128 | None:
+    """A weight as rows of Q1_0 have it, if it can be one: `sign128` can, and `symmetric` of one bit, whose scales
+    become float16.
+    """
+    if tensor.shape[1] % SIGN_BLOCK:
+        return None
+    if isinstance(tensor, Symmetric) and tensor.width == 1 and tensor.group_size == SIGN_BLOCK:
+        return Sign128.pack(unpack_bits(tensor.codes[0], tensor.shape[1]), tensor.scales / 2)
+    return tensor if isinstance(tensor, Sign128) else None
 
 
 def _matrix(writer: Any, name: str, kind: str, shape: tuple[int, ...], stored: Any, error: float) -> Exported:

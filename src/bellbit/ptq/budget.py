@@ -31,7 +31,7 @@ def allocate(shapes: Mapping[str, Sequence[int]], losses: Mapping[str, float], b
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
 
     def stored(name: str, width: int) -> float:
-        return sizes[name] * bits_of_levels(shapes[name], width)
+        return sizes[name] * bits_of_levels(shapes[name], width, bpw)
 
     limit, base = bpw * sum(sizes.values()), 1
     while base < WIDEST and sum(stored(name, base + 1) for name in shapes) <= limit:

@@ -61,12 +61,12 @@ class Pace:
 # blocks, in the setting of PIECE: .476 with .015 and .05, .479 with .02 and .03, .496 with .03 and .03, .530 with .02
 # and .01. tail, in the setting of TAIL, two epochs: 1.94 and 1.29; .01 and .015: 1.99 and 1.32; no latents and .015:
 # 1.98 and 1.31. distilled, in the setting of DISTILLED_PIECE: 1.943 on unseen wiki-sample, 2.115 with .02.
-SIGN_PACE = Pace(blocks=Rates(0.02, 0.03), tail=Rates(0.0025, 0.01), distilled=Rates(0.0, 0.01))
+SIGN_PACE = Pace(blocks=Rates(0.02, 0.005, 0.03), tail=Rates(0.0025, 0.0005, 0.01), distilled=Rates(0.0, 0.0, 0.01))
 # blocks, one epoch at two bits: .251 with .005 and .02, .282 with .005 and .01 and with .01 and .02, .298 with .02 and
 # .03. tail, two epochs at 2.4 bits, from .687 and .493 (unseen wiki-sample, own text): .604 and .442; .001 and .004:
 # .611 and .445; .0025 and .003: .626 and .449; .0025 and .01: .629 and .452. distilled, from the last: .601 and .440
 # with .003, nothing gained with .01.
-FINER_PACE = Pace(blocks=Rates(0.005, 0.02), tail=Rates(0.0005, 0.004), distilled=Rates(0.0, 0.003))
+FINER_PACE = Pace(blocks=Rates(0.02, 0.005, 0.02), tail=Rates(0.0025, 0.0005, 0.004), distilled=Rates(0.0, 0.0, 0.003))
 
 
 def pace(widths: Iterable[int]) -> Pace:

@@ -56,7 +56,7 @@ def enter(
             layer = LatentLinear.starting(weight, levels, scales, widths[linear], old.bias)
             block.set_submodule(linear, layer)
             run.errors[linear] = relative_error(weight, layer.weight(), hessian)
-            run.bits[linear] = bits_of_levels(weight.shape, widths[linear])
+            run.bits[linear] = bits_of_levels(weight.shape, widths[linear], settings.bpw)
             run.nominal[linear] = widths[linear]
     return run
 

@@ -21,12 +21,14 @@ _STEP = "fit"  # name of what is kept
 
 @dataclass(frozen=True)
 class Rates:
-    """Of Adam. latents: in units of the scale. relative: of scales and norms, as a share of their size.
+    """Of Adam. signs: of latents of one bit, in units of the scale; levels: of those of more. relative: of scales and
+    norms, as a share of their size.
 
     A rate of 0 leaves that kind as it is.
     """
 
-    latents: float
+    signs: float
+    levels: float
     relative: float
 
 
@@ -55,11 +57,12 @@ def parameter_groups(module: nn.Module, rates: Rates) -> list[dict[str, Any]]:
     linears = latent_linears(module).values()
     norms = [p for m in module.modules() if is_norm(m) for p in m.parameters(recurse=False)]
     groups: list[dict[str, Any]] = [
-        {"params": [layer.latent for layer in linears], "lr": rates.latents},
+        {"params": [layer.latent for layer in linears if layer.width == 1], "lr": rates.signs},
+        {"params": [layer.latent for layer in linears if layer.width > 1], "lr": rates.levels},
         {"params": [layer.log_scales for layer in linears], "lr": rates.relative},
         *({"params": [norm], "lr": rates.relative * float(norm.detach().abs().mean())} for norm in norms),
     ]
-    return [group for group in groups if group["lr"] > 0]
+    return [group for group in groups if group["lr"] > 0 and group["params"]]
 
 
 def squared_cosine(step: int, steps: int) -> float:

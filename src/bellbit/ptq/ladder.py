@@ -94,7 +94,7 @@ def climb(
         told = _telling(whole, "distillation")
         distill(model, model, whole_pieces.to(device), states.to(device), plan, bf16, told, saved)
     if effort.whole:
-        _pack(model)
+        _pack(model, settings.bpw)
         model.to("cpu")
     return run
 
@@ -104,10 +104,10 @@ def takes_whole(settings: Settings, shapes: Mapping[str, Sequence[int]]) -> bool
     return efforts(settings).whole or mixes_widths(settings, shapes)
 
 
-def _pack(module: nn.Module) -> None:
+def _pack(module: nn.Module, bpw: float) -> None:
     """Make the layers in training what they are stored as."""
     for name, layer in latent_linears(module).items():
-        module.set_submodule(name, PackedLinear.holding(layer.packed(), bias=layer.bias))
+        module.set_submodule(name, PackedLinear.holding(layer.packed(bpw), bias=layer.bias))
 
 
 def _parts(progress: Progress, *costs: float) -> list[Progress]:
@@ -191,7 +191,7 @@ def _quantize_blocks(
             sizes = {linear: layer.latent.numel() for linear, layer in latent_linears(block).items()}
             done.seconds = {linear: seconds * size / sum(sizes.values()) for linear, size in sizes.items()}
             if not effort.whole:
-                _pack(block)
+                _pack(block, settings.bpw)
             saved.keep(name, block.state_dict(), **asdict(done), layers=layers_of(block))
         run.add(name, done)
         log(name, done)

@@ -51,9 +51,9 @@ class LatentLinear(nn.Module):
         return nn.functional.linear(x, self.weight(dtype), self.bias)
 
     @torch.no_grad()
-    def packed(self) -> PackedTensor:
-        """As it is stored."""
-        return pack_levels(nearest_levels(self.latent, self.width), self.log_scales.exp(), self.width)
+    def packed(self, bpw: float) -> PackedTensor:
+        """As it is stored under a budget of `bpw`."""
+        return pack_levels(nearest_levels(self.latent, self.width), self.log_scales.exp(), self.width, bpw)
 
 
 def latent_linears(model: nn.Module) -> dict[str, LatentLinear]:

@@ -32,6 +32,7 @@ from bellbit.ptq.families import Family
 
 Ltdb = Literal["auto", "learn", "smooth", "off"]
 Effort = Literal["fast", "balanced", "best"]
+ALL_SIGNS = 1.125  # --bpw that asks for one sign a weight, as llama.cpp's Q1_0 stores it
 RUNGS = ("text", "columns", "codes", "blocks", "tail", "distill")  # of the method bellbit, see docs/method.md
 
 
@@ -83,7 +84,7 @@ class Settings:
         one_of("columns", self.columns, STARTS)
         for rung in self.rungs:
             one_of("rungs", rung, RUNGS)
-        require(1.125 <= self.bpw <= 4.125, "bpw", self.bpw, "1.125 to 4.125")
+        require(ALL_SIGNS <= self.bpw <= 4.125, "bpw", self.bpw, "1.125 to 4.125")
         require(1 <= self.bits <= 8, "bits", self.bits, "1 to 8")
         require(self.block_size >= 2, "block-size", self.block_size, "2 and more")
         require(0 <= self.epsilon <= 1, "epsilon", self.epsilon, "0 to 1")
@@ -176,19 +177,27 @@ def _sign(weight: Tensor, factor: InverseFactor | None, settings: Settings) -> P
 
 
 def _grid(weight: Tensor, factor: InverseFactor | None, settings: Settings) -> PackedTensor:
-    levels, scales = first_codes(weight, factor if settings.compensate else None, int(settings.bpw))
-    return pack_levels(levels, scales, int(settings.bpw))
+    width = int(settings.bpw)
+    return pack_levels(*first_codes(weight, factor if settings.compensate else None, width), width, settings.bpw)
 
 
-def pack_levels(levels: Tensor, scales: Tensor, width: int) -> PackedTensor:
-    """A weight on the symmetric grid as it is stored: `sign128` at one bit, else `symmetric`."""
-    return Sign128.pack(levels > 0, scales / 2) if width == 1 else Symmetric.pack(levels, scales, width)
+def pack_levels(levels: Tensor, scales: Tensor, width: int, bpw: float) -> PackedTensor:
+    """A weight on the symmetric grid as it is stored under a budget of `bpw` for the model.
+
+    Signs are `sign128` if it asks for nothing else. Otherwise all is `symmetric`, whose scales take half as much: that
+    buys a second bit for the weights that gain most.
+    """
+    if width == 1 and bpw <= ALL_SIGNS:
+        return Sign128.pack(levels > 0, scales / 2)
+    return Symmetric.pack(levels, scales, width)
 
 
-def bits_of_levels(shape: Sequence[int], width: int) -> float:
+def bits_of_levels(shape: Sequence[int], width: int, bpw: float) -> float:
     """Bits per weight that `pack_levels` stores for a weight of `shape` (out, in)."""
-    layout, options = (Sign128, {}) if width == 1 else (Symmetric, {"width": width, "group_size": SIGN_BLOCK})
-    return sum(stored_bits(layout, (shape[0], shape[1]), options).values())
+    size = (shape[0], shape[1])
+    if width == 1 and bpw <= ALL_SIGNS:
+        return sum(stored_bits(Sign128, size, {}).values())
+    return sum(stored_bits(Symmetric, size, {"width": width, "group_size": SIGN_BLOCK}).values())
 
 
 METHODS: dict[str, Method] = {
