@@ -111,7 +111,7 @@ def quantize(
         str, typer.Option(help="bellbit, dbellquant, billm, arb, arb-x, arb-rc, pb-llm, gptq, rtn, sign.")
     ] = "dbellquant",
     bpw: Annotated[
-        float, typer.Option(help="Of bellbit: most bits per quantized weight, all that is stored; 1.125 to 4.125.")
+        float, typer.Option(help="Of bellbit: most bits stored per quantized weight, 1.125 (Q1_0's signs) to 4.125.")
     ] = 1.125,
     effort: Annotated[str, typer.Option(help="Of bellbit: fast, balanced or best.")] = "balanced",
     rungs: Annotated[
@@ -428,7 +428,7 @@ def export(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Write a quantized MODEL as a GGUF file for llama.cpp: sign128 as Q1_0 byte for byte, the rest in wider types."""
+    """Write a quantized MODEL as a GGUF file for llama.cpp: signs as Q1_0, the rest in wider types."""
     from bellbit import report
     from bellbit.exporting import export_gguf
 

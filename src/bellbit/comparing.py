@@ -51,6 +51,7 @@ DEFAULT = (
     "arb-rc:bitmap=no",
     "dbellquant",
     "bellbit",
+    "bellbit:bpw=1.14",
     "bellbit:bpw=2.4",
     "bellbit:bpw=2.95",
 )

@@ -65,7 +65,7 @@ SIGN_PACE = Pace(blocks=Rates(0.02, 0.005, 0.03), tail=Rates(0.0025, 0.0005, 0.0
 # blocks, one epoch at two bits: .251 with .005 and .02, .282 with .005 and .01 and with .01 and .02, .298 with .02 and
 # .03. tail, two epochs at 2.4 bits, from .687 and .493 (unseen wiki-sample, own text): .604 and .442; .001 and .004:
 # .611 and .445; .0025 and .003: .626 and .449; .0025 and .01: .629 and .452. distilled, from the last: .601 and .440
-# with .003, nothing gained with .01.
+# with .003, nothing gained with .01. Beside signs, latents of more bits keep these rates.
 FINER_PACE = Pace(blocks=Rates(0.02, 0.005, 0.02), tail=Rates(0.0025, 0.0005, 0.004), distilled=Rates(0.0, 0.0, 0.003))
 
 
