@@ -1,3 +1,4 @@
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +18,7 @@ from bellbit.ptq.distill import Front, divergence, teacher_states
 from bellbit.ptq.families import fold_along_chain, linear_names, shared_by_heads
 from bellbit.ptq.ladder import climb
 from bellbit.ptq.latent import LatentLinear
-from bellbit.ptq.methods import RUNGS, Settings
+from bellbit.ptq.methods import RUNGS, Settings, bits_of_levels
 from bellbit.ptq.reconstruct import FIRST_TOKEN, robust_error
 from bellbit.ptq.resume import Saved, fingerprint
 from bellbit.ptq.stream import BlockStream
@@ -297,11 +298,17 @@ def factor_of(model, linear, tokens):
 def test_the_budget_goes_to_what_gains_most_and_is_kept():
     shapes = {"a": (100, 128), "b": (100, 128), "c": (50, 128), "d": (100, 64)}
     losses = {"a": 1.0, "b": 3.0, "c": 2.0, "d": 0.1}
-    widths = budget.allocate(shapes, losses, bpw=1.7)
-    # of 38 400 weights; scales take 8/128 of a bit, for d 8/64
-    assert widths == {"a": 1, "b": 2, "c": 2, "d": 1}
-    for limit, expected in ((1.125, {1}), (2.075, {1, 2}), (2.085, {2}), (3.0, {2, 3}), (3.085, {3})):
-        assert set(budget.allocate(shapes, losses, bpw=limit).values()) == expected
+    # of 38 400 weights; scales take 8/128 of a bit, for d 8/64: 35 408 bits are left when all have one. Most is gained
+    # per bit by c (7.6e-5), b (5.7e-5), the third bit of c (2.5e-5), then a and the third of b (1.9e-5), which do not
+    # fit any more, the fourth of c (8.1e-6), d (3.8e-6)
+    assert budget.allocate(shapes, losses, bpw=2.0) == {"a": 1, "b": 2, "c": 4, "d": 1}
+    for limit in (1.125, 1.3, 2.075, 3.0, 4.2):
+        widths = budget.allocate(shapes, losses, bpw=limit)
+        free = limit * 38_400 - sum(
+            math.prod(shape) * bits_of_levels(shape, widths[name], limit) for name, shape in shapes.items()
+        )
+        assert free >= 0 or limit == 1.125  # d alone takes 1.25 there
+        assert all(math.prod(shape) > free or widths[name] == 4 for name, shape in shapes.items())
 
 
 @pytest.mark.parametrize("bpw", [1.3, 2.4])
@@ -310,7 +317,7 @@ def test_stored_bits_are_within_the_budget(bpw):
     packed = [layer.packed for layer in packed_linears(model).values()]
     stored = mean_over_weights(packed, lambda weight: weight.bits_per_weight)
     assert bpw - 0.15 < stored <= bpw
-    assert {weight.nominal_bits for weight in packed} == {int(bpw), int(bpw) + 1}
+    assert len({weight.nominal_bits for weight in packed}) > 1
 
 
 def test_a_hessian_beyond_repair_falls_back_and_is_told(monkeypatch):

@@ -1,58 +1,66 @@
-"""The bit budget: which weights get one bit more than the others under a limit of stored bits per weight."""
+"""The bit budget: how many bits each weight gets under a limit of stored bits per weight."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from heapq import heapify, heappop, heappush
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bellbit.core.grid import WIDEST, first_codes, spread
+from bellbit.core.grid import ERRORS, WIDEST, first_codes, spread
 from bellbit.core.hessian import inverse_factor
 from bellbit.ptq.blocks import Blocks
 from bellbit.ptq.collect import group_hessians
 from bellbit.ptq.distill import Front, divergence, logit_cap, teacher_states
 from bellbit.ptq.families import InputGroup
-from bellbit.ptq.methods import Settings, bits_of_levels
+from bellbit.ptq.methods import ALL_SIGNS, Settings, bits_of_levels
 from bellbit.ptq.stream import BlockStream, ignore
 
 HEARD = 8  # windows whose inputs make the Hessians that losses are measured with
 
 
 def allocate(shapes: Mapping[str, Sequence[int]], losses: Mapping[str, float], bpw: float) -> dict[str, int]:
-    """Widths by name: all alike, and one more, within the limit, for those that gain most for each bit they take.
+    """Widths by name: bit after bit goes to whatever gains most for each bit it takes, as long as the limit allows.
 
-    shapes: (out, in) by name. losses: what the model loses when this weight alone has the lesser width. What
-    one bit more gains is taken to be in proportion to that. bpw: over all weights. If even one bit each is over the
-    limit, because last groups are short, one bit each it is.
+    shapes: (out, in) by name. losses: what the model loses when this weight alone has some width, the same for all;
+    with other widths it is taken to be in proportion to the squared error of a bell. bpw: over all weights. If even
+    one bit each is over the limit, because last groups are short, one bit each it is.
     """
-    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
 
     def stored(name: str, width: int) -> float:
-        return sizes[name] * bits_of_levels(shapes[name], width, bpw)
+        return math.prod(shapes[name]) * bits_of_levels(shapes[name], width, bpw)
 
-    limit, base = bpw * sum(sizes.values()), 1
-    while base < WIDEST and sum(stored(name, base + 1) for name in shapes) <= limit:
-        base += 1
-    widths, left = dict.fromkeys(shapes, base), limit - sum(stored(name, base) for name in shapes)
-    for name in sorted(shapes, key=lambda name: losses[name] / sizes[name], reverse=True) if base < WIDEST else ():
-        more = stored(name, base + 1) - stored(name, base)
-        if more <= left:
-            widths[name] += 1
-            left -= more
+    def gain(name: str) -> float:
+        width = widths[name]
+        return losses[name] * (ERRORS[width] - ERRORS[width + 1]) / (stored(name, width + 1) - stored(name, width))
+
+    widths = dict.fromkeys(shapes, 1)
+    left = bpw * sum(map(math.prod, shapes.values())) - sum(stored(name, 1) for name in shapes)
+    queue = [(-gain(name), place, name) for place, name in enumerate(shapes)] if bpw > ALL_SIGNS else []
+    heapify(queue)
+    while queue:
+        _, place, name = heappop(queue)
+        more = stored(name, widths[name] + 1) - stored(name, widths[name])
+        if more > left:
+            continue
+        left -= more
+        widths[name] += 1
+        if widths[name] < WIDEST:
+            heappush(queue, (-gain(name), place, name))
     return widths
 
 
 def widths_alike(settings: Settings, shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
-    """Bits of every linear if nothing is known of their losses."""
-    return allocate(shapes, dict.fromkeys(shapes, 0.0), settings.bpw)
+    """Bits of every linear if all weights were worth the same."""
+    return allocate(shapes, {name: math.prod(shape) for name, shape in shapes.items()}, settings.bpw)
 
 
 def mixes_widths(settings: Settings, shapes: Mapping[str, Sequence[int]]) -> bool:
-    """Whether some linears get a bit more than others."""
-    return len(set(widths_alike(settings, shapes).values())) > 1
+    """Whether it is to be found out which linears get more bits than others."""
+    return settings.bpw > ALL_SIGNS and min(widths_alike(settings, shapes).values()) < WIDEST
 
 
 @torch.no_grad()

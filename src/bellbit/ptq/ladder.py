@@ -75,7 +75,7 @@ def climb(
 
     pieces, whole_pieces = _in_pieces(windows, PIECE), _in_pieces(windows, DISTILLED_PIECE)
     widths = saved.notes("budget", measure)
-    own_pace = pace(widths.values())
+    own_pace = pace(settings.bpw)
     states = saved.tensor("teacher", listen) if effort.distilled else None
     stream = BlockStream(model, every, pieces, device, TOGETHER, bf16, offload)
     targets = stream.copy("targets")
@@ -150,7 +150,7 @@ def _quantize_blocks(
     """The rungs that take one decoder block after the other; their linears become `LatentLinear`s, or are packed at
     once where nothing trains them any more.
 
-    plan: of the first block; the seed counts on, and the rates are those of the block's width. targets: hidden states
+    plan: of the first block; the seed counts on. targets: hidden states
     of the float model, as they come into the first block, and in the end go out of the last. Returns what comes into
     the tail, too. Neither is worth anything where the saved run has trained the tail already.
     """
@@ -184,8 +184,7 @@ def _quantize_blocks(
             done = enter(block, blocks, stream, settings, name, own)
             if plan.epochs:
                 epochs = plan.epochs * (2 if index < FIRST_BLOCKS else 1)
-                rates = pace(own.values()).blocks
-                own_plan = replace(plan, epochs=epochs, rates=rates, seed=plan.seed + index * 2 * plan.epochs)
+                own_plan = replace(plan, epochs=epochs, seed=plan.seed + index * 2 * plan.epochs)
                 reconstruct(block, stream.caller(block), stream.inputs, targets, own_plan, report)
             seconds = time.perf_counter() - started
             sizes = {linear: layer.latent.numel() for linear, layer in latent_linears(block).items()}
