@@ -272,10 +272,28 @@ def test_the_loss_of_rounding_is_that_of_the_whole_model(name, rungs):
             kept = weight.clone()
             levels, scales = first_codes(kept, factor, 2)
             weight.copy_(levels * scales.repeat_interleave(128, dim=1)[:, : weight.shape[1]])
+            hook = model.get_submodule(linear).register_forward_hook(with_first_token_through(kept))
             found = model(tokens[:1]).logits.log_softmax(-1)
+            hook.remove()
             weight.copy_(kept)
             loss = torch.nn.functional.kl_div(found, expected, log_target=True, reduction="sum") / tokens.shape[1]
             assert losses[linear] == pytest.approx(float(loss), rel=1e-3)
+
+
+def with_first_token_through(weight):
+    """A hook; an expert's inputs have no places, there it does nothing."""
+
+    def hook(layer, given, output):
+        if output.ndim == 3:
+            output[:, :1] = torch.nn.functional.linear(given[0][:, :1], weight, layer.bias)
+
+    return hook
+
+
+def test_tokens_that_attention_rests_on_are_the_first_and_those_of_enormous_norm():
+    states = torch.randn(50, 16, generator=torch.Generator().manual_seed(0))
+    states[7] *= 10
+    assert budget._resting_places(states).nonzero().flatten().tolist() == [0, 7]
 
 
 def factor_of(model, linear, tokens):

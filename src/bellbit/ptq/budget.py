@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from heapq import heapify, heappop, heappush
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bellbit.core.grid import ERRORS, WIDEST, first_codes, spread
 from bellbit.core.hessian import inverse_factor
@@ -19,6 +20,7 @@ from bellbit.ptq.families import InputGroup
 from bellbit.ptq.methods import ALL_SIGNS, Settings, bits_of_levels
 from bellbit.ptq.stream import BlockStream, ignore
 
+LARGE = 4  # times the median norm of a window's tokens, of those that attention rests on
 HEARD = 8  # windows whose inputs make the Hessians that losses are measured with
 
 
@@ -69,6 +71,8 @@ def rounding_losses(
 ) -> dict[str, float]:
     """Divergence in nats from the full-precision model when one weight alone has its first codes of `width` bits.
 
+    Tokens that attention rests on go through the full-precision weight: what they lose is added to all others, and is
+    the first thing that training mends. With them v_proj of the demo model seems to lose 20 times as much.
     blocks: of a model that is in memory. windows: token ids (samples, length); the first is what is measured on, the
     next HEARD make the Hessians. Without the rung `codes` it is plain rounding. Returns losses by full name.
     """
@@ -83,6 +87,7 @@ def rounding_losses(
         if "codes" in settings.rungs:
             hessians = group_hessians(heard, block, family, settings, blocks.name(index), ignore)
         front = Front(every[:index], measured.inputs, measured.in_tuple)
+        resting = _resting_places(measured.inputs[0])
         for group in family.groups_of(block):
             factor = inverse_factor(hessians.pop(group)) if group in hessians else None
             for linear in group.linears:
@@ -90,13 +95,37 @@ def rounding_losses(
                 kept = weight.clone()
                 levels, scales = first_codes(kept.float(), factor, width)
                 weight.copy_(levels * spread(scales, weight.shape[1]))
-                own = teacher_states(model, windows[:1], bf16, front=front)[0]
+                with _exact_for(resting, block.get_submodule(linear), kept):
+                    own = teacher_states(model, windows[:1], bf16, front=front)[0]
                 found[f"{blocks.name(index)}.{linear}"] = float(divergence(own, states, head, logit_cap(model.config)))
                 weight.copy_(kept)
         for stream in (measured, heard) if block is not every[-1] else ():
             stream.run(block, stream.inputs, ignore)
         report((index + 1) / len(every))
     return found
+
+
+def _resting_places(states: Tensor) -> Tensor:
+    """Which tokens attention rests on where there is nothing to attend to: bool (length,). states: (length, width)."""
+    norms = states.norm(dim=-1)
+    found = norms > LARGE * norms.median()
+    found[0] = True
+    return found
+
+
+@contextmanager
+def _exact_for(tokens: Tensor, linear: Any, weight: Tensor) -> Iterator[None]:
+    """Inside, some tokens (bool, (length,)) of a window go through `weight` (out, in) instead of the linear's own."""
+
+    def correct(_: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
+        if output.ndim == 3:  # an expert is given tokens without their places
+            output[:, tokens] += nn.functional.linear(given[0][:, tokens], weight - linear.weight)
+
+    hook = linear.register_forward_hook(correct)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def choose_widths(
