@@ -148,7 +148,7 @@ def test_signs_beside_finer_weights_become_q1_0_too(checkpoint, tmp_path):
     folder, out = checkpoint("llama", "bellbit", bpw=1.4, rungs=("codes",)), tmp_path / "model.gguf"
     written = {item.name: item for item in export_gguf(folder, out)}
     layers = packed_linears(AutoModelForCausalLM.from_pretrained(folder))
-    assert {layer.packed.nominal_bits for layer in layers.values()} == {1, 2}
+    assert {1, 2} <= {layer.packed.nominal_bits for layer in layers.values()}
     for part, linear in (("attn_v", "self_attn.v_proj"), ("ffn_up", "mlp.up_proj"), ("ffn_down", "mlp.down_proj")):
         item, packed = written[f"blk.1.{part}.weight"], layers[f"model.layers.1.{linear}"].packed
         assert item.kind == ("Q1_0" if packed.nominal_bits == 1 else "Q8_0")
