@@ -139,11 +139,13 @@ def _add_tensor(
         stored = kind.pack(values)
         error = float(np.square(kind.unpack(stored).astype(np.float32) - values).sum() / np.square(values).sum())
         return _matrix(writer, target, kind.name, values.shape, stored, error)
-    weight = tensor.dequantize()
     if (signs := _as_q1_0(tensor)) is not None:
-        error = float((signs.dequantize() - weight).square().sum() / weight.square().sum())
+        error = 0.0
+        if signs is not tensor:
+            weight = tensor.dequantize()
+            error = float((signs.dequantize() - weight).square().sum() / weight.square().sum())
         return _matrix(writer, target, "Q1_0", tensor.shape, turn(signs.blocks).numpy(), error)
-    values = turn(weight).numpy()
+    values = turn(tensor.dequantize()).numpy()
     kind, stored, error = choose(values, budget)
     return _matrix(writer, target, kind.name, values.shape, stored, error)
 

@@ -20,7 +20,9 @@ from bellbit.ptq.families import InputGroup
 from bellbit.ptq.methods import ALL_SIGNS, Settings, bits_of_levels
 from bellbit.ptq.stream import BlockStream, ignore
 
-LARGE = 4  # times the median norm of a window's tokens, of those that attention rests on
+# Times the median norm of a window's tokens, of those that attention rests on: 6 to 11 in blocks 3 to 10 of the demo
+# model (norm 800), 170 after them.
+LARGE = 4
 HEARD = 8  # windows whose inputs make the Hessians that losses are measured with
 
 

@@ -187,17 +187,13 @@ def pack_levels(levels: Tensor, scales: Tensor, width: int, bpw: float) -> Packe
     Signs are `sign128` if it asks for nothing else. Otherwise all is `symmetric`, whose scales take half as much: that
     buys a second bit for the weights that gain most.
     """
-    if width == 1 and bpw <= ALL_SIGNS:
-        return Sign128.pack(levels > 0, scales / 2)
-    return Symmetric.pack(levels, scales, width)
+    return Sign128.pack(levels > 0, scales / 2) if bpw <= ALL_SIGNS else Symmetric.pack(levels, scales, width)
 
 
 def bits_of_levels(shape: Sequence[int], width: int, bpw: float) -> float:
     """Bits per weight that `pack_levels` stores for a weight of `shape` (out, in)."""
-    size = (shape[0], shape[1])
-    if width == 1 and bpw <= ALL_SIGNS:
-        return sum(stored_bits(Sign128, size, {}).values())
-    return sum(stored_bits(Symmetric, size, {"width": width, "group_size": SIGN_BLOCK}).values())
+    layout, options = (Sign128, {}) if bpw <= ALL_SIGNS else (Symmetric, {"width": width, "group_size": SIGN_BLOCK})
+    return sum(stored_bits(layout, (shape[0], shape[1]), options).values())
 
 
 METHODS: dict[str, Method] = {
