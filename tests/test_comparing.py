@@ -9,17 +9,8 @@ from transformers import AutoModelForCausalLM
 
 import bellbit
 from bellbit import comparing
-from bellbit.comparing import (
-    DEFAULT,
-    ORIGINAL,
-    Agreement,
-    Request,
-    compare,
-    logits_of_original,
-    measure,
-    most_own,
-    parse,
-)
+from bellbit.agreement import Agreement, logits_of_original
+from bellbit.comparing import DEFAULT, ORIGINAL, Request, compare, measure, most_own, parse, with_seeds
 from bellbit.errors import BellbitError
 from bellbit.evaluate import perplexity
 from bellbit.exporting import export_gguf
@@ -45,6 +36,7 @@ def test_every_default_method_is_one():
         ("gptq:bits=3:block-size=64", {"bits": 3, "block_size": 64}),
         ("arb-rc:bitmap=no", {"bitmap": False}),
         ("bellbit:bpw=2.4:rungs=columns+codes", {"bpw": 2.4, "rungs": ("columns", "codes")}),
+        ("arb:seed=2", {"seed": 2}),
     ],
 )
 def test_methods_with_options_are_understood(spec, options):
@@ -69,6 +61,32 @@ def test_what_is_no_method_is_told(spec, message, request_, tmp_path):
 def test_text_of_the_models_own_is_counted():
     assert most_own(["none", "gptq:bits=2"], 8) == 0
     assert most_own(["sign", "bellbit:effort=fast", "bellbit:rungs=codes+blocks"], 8) == 8
+
+
+def test_seeds_are_rows_of_their_own_where_anything_depends_on_them():
+    assert with_seeds(["none", "sign", "bellbit:bpw=2.4"], range(3, 5)) == [
+        "none",
+        "sign",
+        "bellbit:bpw=2.4",
+        "bellbit:bpw=2.4:seed=4",
+    ]
+    assert with_seeds(["gptq"], range(1)) == ["gptq"]
+
+
+def test_of_several_seeds_mean_and_deviation_are_shown():
+    found = {"arb": 20.0, "sign": 50.0, "arb:seed=1": 23.0, "arb:seed=2": 26.0}
+    rows = [comparing.Row(s, 1.5, {"t": p}, {"t": p / 100}, {"t": 0.5}, p, 10**9) for s, p in found.items()]
+    screen = StringIO()
+    Console(width=100, file=screen).print(comparison_table(rows, "t"))
+    lines = [line.split() for line in screen.getvalue().splitlines()]
+    assert ["arb", "1.500", "23.00", "±", "3", "0.230", "±", "0.03", "50.0", "23", "1", "GB"] in lines
+    assert ["sign", "1.500", "50.00", "0.500", "50.0", "50", "1", "GB"] in lines
+
+
+def test_the_seed_of_a_row_is_its_own(request_, tmp_path):
+    of_its_own = measure(request_, "gptq:seed=1", tmp_path)
+    assert of_its_own.perplexity == measure(replace(request_, seed=1), "gptq", tmp_path).perplexity
+    assert of_its_own.perplexity != measure(request_, "gptq", tmp_path).perplexity
 
 
 def test_agreement_with_oneself_and_with_another(tiny_model):

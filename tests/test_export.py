@@ -145,7 +145,7 @@ def test_sign128_becomes_q1_0_byte_for_byte(checkpoint, tmp_path):
 
 
 def test_signs_beside_finer_weights_become_q1_0_too(checkpoint, tmp_path):
-    folder, out = checkpoint("llama", "bellbit", bpw=1.4, rungs=("codes",)), tmp_path / "model.gguf"
+    folder, out = checkpoint("llama", "bellbit", bpw=1.4, rungs=("budget", "codes")), tmp_path / "model.gguf"
     written = {item.name: item for item in export_gguf(folder, out)}
     layers = packed_linears(AutoModelForCausalLM.from_pretrained(folder))
     assert {1, 2} <= {layer.packed.nominal_bits for layer in layers.values()}

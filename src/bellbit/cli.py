@@ -116,7 +116,7 @@ def quantize(
     effort: Annotated[str, typer.Option(help="Of bellbit: fast, balanced or best.")] = "balanced",
     rungs: Annotated[
         str, typer.Option(help="Of bellbit: which of its steps to take.")
-    ] = "text,columns,codes,blocks,tail,distill",
+    ] = "text,budget,columns,codes,blocks,tail,distill",
     columns: Annotated[
         str, typer.Option(help="Of bellbit: start of column scales: rank1, mean, maxima, none.")
     ] = "rank1",
@@ -479,11 +479,12 @@ def compare(
     calib: Annotated[str, typer.Option(help="Text to calibrate on, as for quantize.")] = "wiki-sample",
     samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
     seed: Annotated[int, typer.Option(help="Of the choice of windows.")] = 0,
+    seeds: Annotated[int, typer.Option(min=1, help="Repeat every method with so many seeds, from --seed on.")] = 1,
     as_json: JsonOption = False,
 ) -> None:
     """Quantize MODEL by several methods and put them side by side: true bits, perplexity, time, memory."""
     from bellbit import report
-    from bellbit.comparing import DEFAULT, Request, most_own
+    from bellbit.comparing import DEFAULT, Request, most_own, with_seeds
     from bellbit.comparing import compare as run
     from bellbit.figures import draw_map
 
@@ -491,13 +492,14 @@ def compare(
     own = most_own(specs, samples)
     written = f" (bellbit: and up to {own} windows that it writes itself)" if own else ""
     several = "s" * (len(specs) > 1)
+    repeated = f" with {seeds} seeds" if seeds > 1 else ""
     _say(
-        f"Comparing {len(specs)} method{several} on {model}, calibrated on {samples} × {_tokens(seq_len)} tokens of "
-        f"{calib}{written}, measured on {data}; results go to {out}."
+        f"Comparing {len(specs)} method{several}{repeated} on {model}, calibrated on {samples} × {_tokens(seq_len)} "
+        f"tokens of {calib}{written}, measured on {data}; results go to {out}."
     )
     request = Request(model, data, seq_len, windows, calib, samples, seed)
     with report.progress_bar(err_console) as progress:
-        rows = run(request, specs, out, progress)
+        rows = run(request, with_seeds(specs, range(seed, seed + seeds)), out, progress)
     figure = out / "compare.png"
     try:
         draw_map(rows, data.split(",")[0], figure)

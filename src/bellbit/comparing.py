@@ -7,16 +7,14 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
+from bellbit.agreement import Agreement, logits_of_original
 from bellbit.data import evaluation_windows, load_corpus
 from bellbit.errors import BellbitError
 from bellbit.evaluate import perplexity
@@ -29,11 +27,11 @@ from bellbit.ptq.effort import own_windows
 from bellbit.ptq.methods import METHODS, Settings
 from bellbit.ptq.quantize import log_file, quantize
 from bellbit.ptq.resume import Saved
-from bellbit.ptq.stream import acting
 
 NONE = "none"  # the model as it is
 ROWS = "compare.rows"  # folder of checkpoints that are being made or measured
 ORIGINAL = "compare.original"  # folder of what the model as it is gives, until all rows are measured
+SEED = "seed"  # option of a row whose seed is not the request's
 FILE = "file:"  # and a path: a checkpoint or .gguf file that is there already
 DEFAULT = (
     NONE,
@@ -89,7 +87,7 @@ class Row:
 
 
 def parse(spec: str) -> tuple[str, dict[str, Any]]:
-    """A method and its settings from `METHOD:option=value:…`, options as `quantize` has them; a file has none.
+    """A method and its settings from `METHOD:option=value:…`, as `quantize` has them, seed included; a file has none.
 
     Raises BellbitError for a method, option, value or file that there is not.
     """
@@ -97,7 +95,7 @@ def parse(spec: str) -> tuple[str, dict[str, Any]]:
         locate(spec.removeprefix(FILE))
         return spec, {}
     method, *pairs = spec.split(":")
-    kinds: dict[str, Any] = {field.name: type(field.default) for field in fields(Settings)}
+    kinds: dict[str, Any] = {field.name: type(field.default) for field in fields(Settings)} | {SEED: int}
     options: dict[str, Any] = {}
     for pair in pairs:
         name, _, value = pair.partition("=")
@@ -113,16 +111,37 @@ def parse(spec: str) -> tuple[str, dict[str, Any]]:
         except (ValueError, KeyError):
             raise BellbitError(f"--methods {spec}: {value!r} is no value for {name}") from None
     if method != NONE:
-        Settings(method, **options)
+        Settings(method, **_less_seed(options))
     return method, options
+
+
+def _less_seed(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if name != SEED}
+
+
+def with_seeds(specs: Iterable[str], seeds: Sequence[int]) -> list[str]:
+    """Every method once for each seed, the first of which is the request's own; those that calibrate nothing once."""
+    asked = []
+    for spec in specs:
+        name, _ = parse(spec)
+        more = seeds[1:] if name in METHODS and METHODS[name].calibrates else ()
+        asked += [spec, *(f"{spec}:{SEED}={seed}" for seed in more)]
+    return asked
+
+
+def by_method(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """Rows that differ in their seed alone together, by what they have in common."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(re.sub(rf":{SEED}=\d+", "", row.spec), []).append(row)
+    return found
 
 
 def most_own(specs: Iterable[str], samples: int) -> int:
     """Windows that the model writes itself beside `samples` of calibration text, in the row that takes most of them."""
     parsed = [parse(spec) for spec in specs]
-    return max(
-        (own_windows(Settings(name, **options), samples) for name, options in parsed if name in METHODS), default=0
-    )
+    settings = [Settings(name, **_less_seed(options)) for name, options in parsed if name in METHODS]
+    return max((own_windows(each, samples) for each in settings), default=0)
 
 
 def compare(request: Request, specs: Iterable[str], out: Path, progress: Callable[[float, str], None]) -> list[Row]:
@@ -179,10 +198,9 @@ def measure(request: Request, spec: str, out: Path) -> Row:
                 calib=request.calib,
                 samples=request.samples,
                 seq_len=request.seq_len,
-                seed=request.seed,
                 overwrite=True,
                 resume=True,
-                **options,
+                **{SEED: request.seed} | options,
             )
             bits, seconds, peak = report.bits_per_weight, report.seconds, peak_memory()
             result = locate(report.out)
@@ -212,46 +230,6 @@ def measure(request: Request, spec: str, out: Path) -> Row:
 
 def _file_name(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9.=]+", "-", text)
-
-
-class Agreement:
-    """How near logits are to those of the model as it is, over all positions added.
-
-    divergence: mean KL(original ‖ model), nats. same_top: share of positions where both have the same likeliest token.
-    """
-
-    def __init__(self, originals: Iterable[Tensor]) -> None:
-        """originals: logits (length, vocabulary), window after window, as they will be added."""
-        self._originals = iter(originals)
-        self._divergence, self._same, self._positions = 0.0, 0, 0
-
-    def add(self, logits: Tensor) -> None:
-        p, q = (t.float().log_softmax(-1) for t in (next(self._originals), logits))
-        self._same += int((p.argmax(-1) == q.argmax(-1)).sum())
-        self._divergence += float(q.neg_().add_(p).mul_(p.exp_()).sum())
-        self._positions += len(logits)
-
-    @property
-    def divergence(self) -> float:
-        return self._divergence / self._positions
-
-    @property
-    def same_top(self) -> float:
-        return self._same / self._positions
-
-
-@torch.no_grad()
-def logits_of_original(original: Any, windows: Tensor, states: Tensor) -> Iterator[Tensor]:
-    """Logits (length, vocabulary) of the model as it is, window after window; only its head runs.
-
-    states: its last hidden states on the windows, see `teacher_states`.
-    """
-    output = original.base_model(input_ids=windows[:1, :1], use_cache=False)  # of the family's own kind
-    for window, state in zip(windows, states, strict=True):
-        output["last_hidden_state"] = state[None]
-        with acting([original.base_model], lambda _: lambda *_, **__: output):
-            logits: Tensor = original(input_ids=window[None], use_cache=False).logits[0]
-        yield logits
 
 
 if __name__ == "__main__":

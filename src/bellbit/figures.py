@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bellbit.comparing import NONE, Row
+from bellbit.comparing import NONE, Row, by_method
 from bellbit.errors import BellbitError
 from bellbit.ptq.loop import GroupRecord
 
@@ -99,21 +99,22 @@ def _pyplot(what: str) -> Any:
 
 
 def draw_map(rows: Sequence[Row], text: str, path: Path) -> None:
-    """Perplexity on `text` over true bits per weight, one point a method; the model as it is as a line.
+    """Perplexity on `text` over true bits per weight, one point a row; the model as it is as a line.
 
     Raises BellbitError if matplotlib is missing.
     """
     pyplot = _pyplot("the figure")
 
     figure, axis = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    for row in rows:
-        perplexity = row.perplexity[text]
-        if row.spec == NONE:
-            axis.axhline(perplexity, color=TARGET, linestyle="--", label="full precision")
+    for method, seeds in by_method(rows).items():
+        found = [row.perplexity[text] for row in seeds]
+        if method == NONE:
+            axis.axhline(found[0], color=TARGET, linestyle="--", label="full precision")
             continue
-        ours = row.spec.startswith("bellbit")
-        axis.scatter(row.bits_per_weight, perplexity, color=AFTER if ours else BEFORE, zorder=3 if ours else 2)
-        axis.annotate(row.spec, (row.bits_per_weight, perplexity), (4, 4), textcoords="offset points", fontsize="small")
+        ours = method.startswith("bellbit")
+        bits = [row.bits_per_weight for row in seeds]
+        axis.scatter(bits, found, color=AFTER if ours else BEFORE, zorder=3 if ours else 2)
+        axis.annotate(method, (bits[0], found[0]), (4, 4), textcoords="offset points", fontsize="small")
     axis.set(xlabel="stored bits per quantized weight", ylabel=f"perplexity on {text}", yscale="log")
     if axis.get_legend_handles_labels()[0]:  # the line
         axis.legend(fontsize="small")

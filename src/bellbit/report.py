@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from statistics import mean, stdev
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -12,6 +13,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from bellbit.comparing import Row as Compared
+from bellbit.comparing import by_method
 from bellbit.demo import Demo
 from bellbit.inspection import Inspection, Row
 from bellbit.packed.gguf_export import Exported
@@ -125,22 +127,28 @@ def demo_table(demo: Demo) -> Table:
 
 
 def comparison_table(rows: Sequence[Compared], text: str) -> Table:
-    """Methods side by side on one text, narrow enough for a terminal."""
+    """Methods side by side on one text, narrow enough for a terminal; of several seeds mean ± standard deviation."""
 
-    def cells(row: Compared) -> list[str]:
+    def cells(method: str, seeds: Sequence[Compared]) -> list[str]:
+        seconds = [row.seconds for row in seeds if row.seconds is not None]
+        peak = max(row.peak_bytes or 0 for row in seeds)
         return [
-            row.spec,
-            f"{row.bits_per_weight:.3f}",
-            perplexity_text(row.perplexity[text]),
-            f"{row.divergence[text]:.3f}",
-            f"{100 * row.same_top[text]:.1f}",
-            "–" if row.seconds is None else f"{row.seconds:.0f}",
-            "–" if not row.peak_bytes else size(row.peak_bytes),
+            method,
+            f"{mean(row.bits_per_weight for row in seeds):.3f}",
+            _plus_minus([row.perplexity[text] for row in seeds], perplexity_text),
+            _plus_minus([row.divergence[text] for row in seeds], "{:.3f}".format),
+            f"{100 * mean(row.same_top[text] for row in seeds):.1f}",
+            f"{mean(seconds):.0f}" if seconds else "–",
+            size(peak) if peak else "–",
         ]
 
     header = ["method", "bits", "perplexity", "KL", "same top %", "seconds", "peak"]
     title = f"Methods on {text}; bits are all that is stored for a quantized weight"
-    return table(title, header, [cells(row) for row in rows])
+    return table(title, header, [cells(*together) for together in by_method(rows).items()])
+
+
+def _plus_minus(values: Sequence[float], text: Callable[[float], str]) -> str:
+    return text(mean(values)) + (f" ± {stdev(values):.2g}" if len(values) > 1 else "")
 
 
 def export_table(out: str, tensors: Sequence[Exported]) -> Table:

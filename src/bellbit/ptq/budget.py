@@ -64,7 +64,11 @@ def widths_alike(settings: Settings, shapes: Mapping[str, Sequence[int]]) -> dic
 
 def mixes_widths(settings: Settings, shapes: Mapping[str, Sequence[int]]) -> bool:
     """Whether it is to be found out which linears get more bits than others."""
-    return settings.bpw > ALL_SIGNS and min(widths_alike(settings, shapes).values()) < WIDEST
+    return (
+        "budget" in settings.rungs
+        and settings.bpw > ALL_SIGNS
+        and min(widths_alike(settings, shapes).values()) < WIDEST
+    )
 
 
 @torch.no_grad()

@@ -33,7 +33,7 @@ from bellbit.ptq.families import Family
 Ltdb = Literal["auto", "learn", "smooth", "off"]
 Effort = Literal["fast", "balanced", "best"]
 ALL_SIGNS = 1.125  # --bpw that asks for one sign a weight, as llama.cpp's Q1_0 stores it
-RUNGS = ("text", "columns", "codes", "blocks", "tail", "distill")  # of the method bellbit, see docs/method.md
+RUNGS = ("text", "budget", "columns", "codes", "blocks", "tail", "distill")  # of the method bellbit, see docs/method.md
 
 
 @dataclass(frozen=True)
