@@ -115,7 +115,7 @@ def demo_table(demo: Demo) -> Table:
             size(demo.source.file_bytes),
         ],
         [
-            "DBellQuant, packed",
+            "bellbit, packed",
             perplexity_text(demo.after.perplexity),
             f"{demo.result.total('quantized').bits_per_weight:.3f}",
             f"{result.bits_per_weight:.2f}",
