@@ -31,16 +31,16 @@ def test_every_default_method_is_one():
 
 
 @pytest.mark.parametrize(
-    ("spec", "options"),
+    ("spec", "options", "seed"),
     [
-        ("gptq:bits=3:block-size=64", {"bits": 3, "block_size": 64}),
-        ("arb-rc:bitmap=no", {"bitmap": False}),
-        ("bellbit:bpw=2.4:rungs=columns+codes", {"bpw": 2.4, "rungs": ("columns", "codes")}),
-        ("arb:seed=2", {"seed": 2}),
+        ("gptq:bits=3:block-size=64", {"bits": 3, "block_size": 64}, None),
+        ("arb-rc:bitmap=no", {"bitmap": False}, None),
+        ("bellbit:bpw=2.4:rungs=columns+codes", {"bpw": 2.4, "rungs": ("columns", "codes")}, None),
+        ("arb:seed=2", {}, 2),
     ],
 )
-def test_methods_with_options_are_understood(spec, options):
-    assert parse(spec) == (spec.split(":")[0], options)
+def test_methods_with_options_are_understood(spec, options, seed):
+    assert parse(spec) == (spec.split(":")[0], options, seed)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from functools import partial
@@ -86,14 +86,16 @@ class Row:
     peak_bytes: int | None
 
 
-def parse(spec: str) -> tuple[str, dict[str, Any]]:
-    """A method and its settings from `METHOD:option=value:…`, as `quantize` has them, seed included; a file has none.
+def parse(spec: str) -> tuple[str, dict[str, Any], int | None]:
+    """Method, its settings, and a seed if one is said, of `METHOD:option=value:…`, as `quantize` has them.
+
+    A file has neither settings nor seed.
 
     Raises BellbitError for a method, option, value or file that there is not.
     """
     if spec.startswith(FILE):
         locate(spec.removeprefix(FILE))
-        return spec, {}
+        return spec, {}, None
     method, *pairs = spec.split(":")
     kinds: dict[str, Any] = {field.name: type(field.default) for field in fields(Settings)} | {SEED: int}
     options: dict[str, Any] = {}
@@ -110,20 +112,17 @@ def parse(spec: str) -> tuple[str, dict[str, Any]]:
                 options[name] = tuple(value.split("+")) if kind is tuple else kind(value)
         except (ValueError, KeyError):
             raise BellbitError(f"--methods {spec}: {value!r} is no value for {name}") from None
+    seed = options.pop(SEED, None)
     if method != NONE:
-        Settings(method, **_less_seed(options))
-    return method, options
-
-
-def _less_seed(options: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if name != SEED}
+        Settings(method, **options)
+    return method, options, seed
 
 
 def with_seeds(specs: Iterable[str], seeds: Sequence[int]) -> list[str]:
     """Every method once for each seed, the first of which is the request's own; those that calibrate nothing once."""
     asked = []
     for spec in specs:
-        name, _ = parse(spec)
+        name, *_ = parse(spec)
         more = seeds[1:] if name in METHODS and METHODS[name].calibrates else ()
         asked += [spec, *(f"{spec}:{SEED}={seed}" for seed in more)]
     return asked
@@ -140,7 +139,7 @@ def by_method(rows: Iterable[Row]) -> dict[str, list[Row]]:
 def most_own(specs: Iterable[str], samples: int) -> int:
     """Windows that the model writes itself beside `samples` of calibration text, in the row that takes most of them."""
     parsed = [parse(spec) for spec in specs]
-    settings = [Settings(name, **_less_seed(options)) for name, options in parsed if name in METHODS]
+    settings = [Settings(name, **options) for name, options, _ in parsed if name in METHODS]
     return max((own_windows(each, samples) for each in settings), default=0)
 
 
@@ -180,7 +179,7 @@ def _measure_apart(request: Request, spec: str, out: Path) -> Row:
 
 def measure(request: Request, spec: str, out: Path) -> Row:
     """One row, here and now. out: an existing folder; the checkpoint is there until it is measured."""
-    method, options = parse(spec)
+    method, options, seed = parse(spec)
     location = locate(request.model)
     checkpoint = out / ROWS / _file_name(spec)
     kept = Saved(out / ORIGINAL, resume=True)  # hidden states take a hundredth of the logits' size
@@ -198,9 +197,10 @@ def measure(request: Request, spec: str, out: Path) -> Row:
                 calib=request.calib,
                 samples=request.samples,
                 seq_len=request.seq_len,
+                seed=request.seed if seed is None else seed,
                 overwrite=True,
                 resume=True,
-                **{SEED: request.seed} | options,
+                **options,
             )
             bits, seconds, peak = report.bits_per_weight, report.seconds, peak_memory()
             result = locate(report.out)
