@@ -20,6 +20,7 @@ from transformers.models.qwen3 import Qwen3Config
 import bellbit
 from bellbit.errors import BellbitError
 from bellbit.exporting import export_gguf
+from bellbit.loading import load_model, locate
 from bellbit.packed.gguf_export import export
 from bellbit.packed.gguf_types import TYPES, choose, pack_q6_k
 from bellbit.packed.linear import packed_linears
@@ -142,6 +143,14 @@ def test_sign128_becomes_q1_0_byte_for_byte(checkpoint, tmp_path):
     one = next(item for item in written if item.kind == "Q1_0")
     assert one.bits_per_weight == 1.125 and one.error == 0
     assert not list(tmp_path.glob(".*"))  # nothing half-written stays
+
+
+def test_an_exported_file_of_signs_is_read_again(checkpoint, tmp_path):
+    folder, out = checkpoint("llama"), tmp_path / "model.gguf"
+    export_gguf(folder, out)
+    model = load_model(locate(str(out)), "float32")
+    for name, layer in packed_linears(AutoModelForCausalLM.from_pretrained(folder)).items():
+        assert torch.equal(model.get_submodule(name).weight, layer.packed.dequantize())
 
 
 def test_signs_beside_finer_weights_become_q1_0_too(checkpoint, tmp_path):

