@@ -1,9 +1,10 @@
 """llama.cpp on the same model: its own types of 1 to 3 bits, with importance matrix, and our Q1_0 files run by it.
 
-Needs llama.cpp's source (`pip download --no-deps --no-binary :all: llama-cpp-python`, unpacked: vendor/llama.cpp), a
-C++ compiler and cmake. Types: quantized by its tools from the model's F16 file, embedding and head left F16, with an
-importance matrix of the train part of wiki-sample; rows for `bellbit compare MODEL OUT --methods file:…`, which this
-prints. Where rows are no multiple of 256 llama.cpp takes another, wider type by itself: the measured bits tell.
+Needs a C++ compiler, cmake and llama.cpp's source, which is vendor/llama.cpp of what
+`pip download --no-deps --no-binary llama-cpp-python llama-cpp-python` brings. Types: quantized by its tools from the
+model's F16 file, embedding and head left F16, with an importance matrix of the train part of wiki-sample; rows for
+`bellbit compare MODEL OUT --methods file:…`, which this prints. Where rows are no multiple of 256 llama.cpp takes
+another, wider type by itself: the measured bits tell.
 Ours: quantized to 1.125 bits, exported, and compared by its perplexity tool with the same weights unpacked to F16.
 """
 
