@@ -16,7 +16,7 @@ from torch import Tensor
 from bellbit.errors import BellbitError
 from bellbit.files import beside
 from bellbit.packed.bits import unpack_bits
-from bellbit.packed.gguf_types import TYPES, choose
+from bellbit.packed.gguf_types import TYPES, choose, relative_error
 from bellbit.packed.linear import packed_linears
 from bellbit.packed.planes import SIGN_BLOCK, Sign128, Symmetric
 from bellbit.packed.tensor import PackedTensor
@@ -137,13 +137,10 @@ def _add_tensor(
                 f"{name!r} cannot be {kind.name}: its rows of {values.shape[1]} are no multiple of {kind.block}"
             )
         stored = kind.pack(values)
-        error = float(np.square(kind.unpack(stored).astype(np.float32) - values).sum() / np.square(values).sum())
-        return _matrix(writer, target, kind.name, values.shape, stored, error)
+        return _matrix(writer, target, kind.name, values.shape, stored, relative_error(kind.unpack(stored), values))
     if (signs := _as_q1_0(tensor)) is not None:
-        error = 0.0
-        if signs is not tensor:
-            weight = tensor.dequantize()
-            error = float((signs.dequantize() - weight).square().sum() / weight.square().sum())
+        exact = signs is tensor
+        error = 0.0 if exact else relative_error(signs.dequantize().numpy(), tensor.dequantize().numpy())
         return _matrix(writer, target, "Q1_0", tensor.shape, turn(signs.blocks).numpy(), error)
     values = turn(tensor.dequantize()).numpy()
     kind, stored, error = choose(values, budget)

@@ -10,9 +10,8 @@ import numpy as np
 import torch
 
 from bellbit.errors import BellbitError
-from bellbit.packed.planes import SIGN_BLOCK, Sign128
+from bellbit.packed.planes import Sign128
 
-Q1_0_BYTES = 18  # a float16 and 128 signs
 Array = Any  # numpy.ndarray; its own generic type says nothing about shapes
 
 
@@ -52,9 +51,9 @@ def dequantize(stored: Array, kind: Any) -> Array:
 
     if kind != gguf.GGMLQuantizationType.Q1_0:
         return gguf.quants.dequantize(stored, kind)
+    shape = gguf.quants.quant_shape_from_byte_shape(stored.shape, kind)
     rows = torch.tensor(stored).flatten(0, -2)
-    columns = rows.shape[1] // Q1_0_BYTES * SIGN_BLOCK
-    return Sign128(shape=(len(rows), columns), blocks=rows).dequantize().numpy().reshape(*stored.shape[:-1], columns)
+    return Sign128(shape=(len(rows), shape[-1]), blocks=rows).dequantize().numpy().reshape(shape)
 
 
 Q6_K_BLOCK, Q6_K_GROUP, Q6_K_BYTES = 256, 16, 210
@@ -109,18 +108,22 @@ TYPES: dict[str, GgufType] = {
 }
 
 
+def relative_error(found: Array, values: Array) -> float:
+    """Squared, of what was stored for float32 `values`."""
+    return float(np.square(found.astype(np.float32) - values).sum()) / (float(np.square(values).sum()) or 1.0)
+
+
 def choose(values: Array, budget: float) -> tuple[GgufType, Array, float]:
     """The type of at most `budget` bits a weight with the least squared error; its bytes and that error, relative.
 
     values: float32 (rows, columns). Raises BellbitError if none fits.
     """
     best: tuple[GgufType, Array, float] | None = None
-    power = float(np.square(values).sum()) or 1.0
     for kind in TYPES.values():
         if kind.bits > budget or values.shape[1] % kind.block:
             continue
         stored = kind.pack(values)
-        error = float(np.square(kind.unpack(stored).astype(np.float32) - values).sum()) / power
+        error = relative_error(kind.unpack(stored), values)
         if best is None or error < best[2]:
             best = kind, stored, error
     if best is None:
