@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <new>
 #include <stdexcept>
 
 #include "threads.h"
@@ -21,12 +22,19 @@ void apply(const Layer& layer, const float* x, std::vector<float>& y, int thread
   multiply(layer.weight, {x, 1, layer.limit, layer.shared}, layer.bias, y.data(), threads);
 }
 
+Zeros zeros(size_t count) {
+  Zeros made(static_cast<float*>(std::calloc(count, sizeof(float))), &std::free);
+  if (!made) throw std::bad_alloc();
+  return made;
+}
+
 }  // namespace
 
 void Decoder::add(const Block& block) {
   blocks_.push_back(block);
-  keys_.emplace_back(static_cast<size_t>(key_heads_ * capacity_ * head_size_));
-  values_.emplace_back(keys_.back().size());
+  const auto count = static_cast<size_t>(key_heads_ * capacity_ * head_size_);
+  keys_.push_back(zeros(count));
+  values_.push_back(zeros(count));
 }
 
 void Decoder::set_cache(int64_t block, const float* keys, const float* values, int64_t length) {
@@ -34,9 +42,9 @@ void Decoder::set_cache(int64_t block, const float* keys, const float* values, i
     throw std::out_of_range("no such block, or more positions than the cache holds");
   for (int64_t h = 0; h < key_heads_; h++) {
     const auto count = static_cast<size_t>(length * head_size_) * sizeof(float);
-    std::memcpy(keys_[static_cast<size_t>(block)].data() + h * capacity_ * head_size_, keys + h * length * head_size_,
+    std::memcpy(keys_[static_cast<size_t>(block)].get() + h * capacity_ * head_size_, keys + h * length * head_size_,
                 count);
-    std::memcpy(values_[static_cast<size_t>(block)].data() + h * capacity_ * head_size_,
+    std::memcpy(values_[static_cast<size_t>(block)].get() + h * capacity_ * head_size_,
                 values + h * length * head_size_, count);
   }
 }
@@ -57,7 +65,7 @@ void Decoder::rotate(float* heads, int64_t count, const float* norm, int64_t pos
 void Decoder::attend(size_t block, int64_t position, int threads) {
   const int64_t length = position + 1, group = heads_ / key_heads_;
   scores_.resize(static_cast<size_t>(heads_ * length));
-  const float *keys = keys_[block].data(), *values = values_[block].data();
+  const float *keys = keys_[block].get(), *values = values_[block].get();
   const int64_t grain = std::max<int64_t>(1, (1 << 15) / (length * head_size_));  // some 5 µs of work
   parallel_for(heads_, grain, threads, [&](int64_t first, int64_t last) {
     for (int64_t h = first; h < last; h++) {
@@ -88,8 +96,8 @@ void Decoder::step(int64_t token, int64_t position, float* logits, int threads) 
     for (int64_t h = 0; h < key_heads_; h++) {
       const int64_t at = (h * capacity_ + position) * head_size_;
       const auto bytes = static_cast<size_t>(head_size_) * sizeof(float);
-      std::memcpy(keys_[i].data() + at, k_.data() + h * head_size_, bytes);
-      std::memcpy(values_[i].data() + at, v_.data() + h * head_size_, bytes);
+      std::memcpy(keys_[i].get() + at, k_.data() + h * head_size_, bytes);
+      std::memcpy(values_[i].get() + at, v_.data() + h * head_size_, bytes);
     }
     attend(i, position, threads);
     apply(block.o, mixed_.data(), normed_, threads);

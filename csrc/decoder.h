@@ -3,6 +3,8 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdlib>
+#include <memory>
 #include <vector>
 
 #include "linear.h"
@@ -22,6 +24,9 @@ struct Block {
   Layer q, k, v, o, gate, up, down;
 };
 
+// An array whose pages take no memory before they are written to.
+using Zeros = std::unique_ptr<float[], decltype(&std::free)>;
+
 class Decoder {
  public:
   // cosines, sines: (capacity, head size), as the model's rotary embedding gives them.
@@ -29,6 +34,9 @@ class Decoder {
           const float* cosines, const float* sines, Dense embedding, const float* norm, Layer head)
       : heads_(heads), key_heads_(key_heads), head_size_(head_size), capacity_(capacity), epsilon_(epsilon),
         scale_(scale), cosines_(cosines), sines_(sines), embedding_(embedding), norm_(norm), head_(head) {}
+
+  Decoder(const Decoder&) = delete;
+  Decoder& operator=(const Decoder&) = delete;
 
   void add(const Block& block);
 
@@ -49,7 +57,7 @@ class Decoder {
   const float* norm_;
   Layer head_;
   std::vector<Block> blocks_;
-  std::vector<std::vector<float>> keys_, values_;  // per block: (key heads, capacity, head size)
+  std::vector<Zeros> keys_, values_;  // per block: (key heads, capacity, head size)
   std::vector<float> hidden_, normed_, q_, k_, v_, mixed_, gate_, up_, scores_;
 };
 

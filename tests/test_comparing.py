@@ -71,6 +71,7 @@ def test_seeds_are_rows_of_their_own_where_anything_depends_on_them():
         "bellbit:bpw=2.4:seed=4",
     ]
     assert with_seeds(["gptq"], range(1)) == ["gptq"]
+    assert with_seeds(["gptq:seed=7"], range(2)) == ["gptq:seed=7"]
 
 
 def test_of_several_seeds_mean_and_deviation_are_shown():
@@ -178,6 +179,14 @@ def test_rows_are_kept_and_belong_to_their_request(request_, tmp_path, monkeypat
         compare(replace(request_, seed=1), ["sign"], tmp_path, lambda *_: None)
 
 
+def test_files_of_different_texts_have_different_names():
+    texts = ["book.txt[:10%]", "book.txt[10%:]", "a_b.txt", "a-b.txt", "a/b.txt", "gptq:bits=2"]
+    names = {comparing._file_name(text) for text in texts}
+    assert len(names) == len(texts) and not any("/" in name for name in names)
+
+
 def test_a_row_that_fails_is_named(request_, tmp_path):
     with pytest.raises(BellbitError, match=r"gptq: .*too short: \d+ usable tokens found"):
         compare(replace(request_, samples=10**6), ["gptq"], tmp_path, lambda *_: None)
+    with pytest.raises(BellbitError, match="is of another comparison"):  # which that one had begun
+        compare(request_, ["gptq"], tmp_path, lambda *_: None)

@@ -90,6 +90,9 @@ def test_what_it_cannot_run_is_left_to_transformers(quantized, tiny_model):
     assert not supports(opt, 10)
     assert supports(mistral, 48) and not supports(mistral, 49)  # its sliding window
     assert not supports(plain, 10)
+    with pytest.MonkeyPatch.context() as context:
+        context.setattr(mistral.model.layers[1].mlp.up_proj, "input_quantizer", torch.nn.Identity())
+        assert not supports(mistral, 48)
     with fast_steps(plain, 10) as options:
         assert options == {}
 

@@ -5,7 +5,6 @@ import os
 import random
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,7 +21,9 @@ from bellbit.errors import BellbitError
 from bellbit.exporting import export_gguf
 from bellbit.loading import load_model, locate
 from bellbit.packed.gguf_export import export
+from bellbit.packed.gguf_tokenizer import _split_rule
 from bellbit.packed.gguf_types import TYPES, choose, pack_q6_k
+from bellbit.packed.hf import _input_quantizer
 from bellbit.packed.linear import packed_linears
 from conftest import LLAMA_LIKE, VOCABULARY
 
@@ -209,7 +210,36 @@ def test_what_cannot_be_exported_says_why(checkpoint, tiny_model, tmp_path):
     with pytest.raises(BellbitError, match="cannot be Q6_K: its rows of 192"):
         bellbit.quantize(tiny_model("llama"), tmp_path / "narrow", "sign")
         export_gguf(tmp_path / "narrow", tmp_path / "model.gguf", embedding="Q6_K")
+    trained, tokenizer = load_model(locate(str(checkpoint("llama")))), ascii_tokenizer()
+    next(iter(packed_linears(trained).values())).input_quantizer = _input_quantizer("bbq:2")
+    with pytest.raises(BellbitError, match=r"'model.layers.0.self_attn.q_proj' has its inputs quantized .* by bbq:2"):
+        export(trained, tokenizer, tmp_path / "model.gguf")
     assert not list(tmp_path.glob("*.gguf")) and not list(tmp_path.glob(".*"))
+
+
+BYTES = {"type": "ByteLevel", "use_regex": False}
+SPLIT = {"type": "Split", "pattern": {"Regex": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|\p{N}| ?[^\s]+"}}
+
+
+@pytest.mark.parametrize(
+    ("steps", "name"),
+    [
+        ([{"type": "ByteLevel"}], "gpt-2"),
+        ([{"type": "Digits", "individual_digits": True}, {"type": "ByteLevel", "use_regex": True}], "smollm"),
+        ([SPLIT, BYTES], "qwen2"),
+        ([SPLIT | {"pattern": {"Regex": r"\p{N}{1,3}| ?[^\s]+"}}, BYTES], "llama-bpe"),
+        ([SPLIT | {"pattern": {"Regex": r"[\p{Lu}\p{Lt}]*|\p{N}| ?[^\s]+"}}, BYTES], None),  # Mistral-Nemo's
+        ([SPLIT, SPLIT, {"type": "Digits", "individual_digits": True}, BYTES], None),  # DeepSeek's
+        ([BYTES], None),
+    ],
+)
+def test_rules_of_splitting_are_named_as_llama_cpp_does_or_refused(steps, name):
+    described = {"pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}}
+    if name is None:
+        with pytest.raises(BellbitError, match=r"splits text by a rule that llama\.cpp has no known name for"):
+            _split_rule(described)
+    else:
+        assert _split_rule(described) == name
 
 
 def run_llama_cpp(script, file, what, answers):
@@ -313,7 +343,7 @@ def test_llama_cpp_gives_the_same_distribution(checkpoint, tmp_path, name, metho
     tokenizer = AutoTokenizer.from_pretrained(folder)
     teach(model)
     tokens = torch.randint(0, 256, (60,), generator=torch.Generator().manual_seed(0)).tolist()
-    export(model, tokenizer, Path(folder), tmp_path / "packed.gguf", embedding="F16")
+    export(model, tokenizer, tmp_path / "packed.gguf", embedding="F16")
     with torch.no_grad():
         ours = model(torch.tensor([tokens])).logits[0, 3:-1].log_softmax(dim=-1)
         for path, layer in packed_linears(model).items():
@@ -322,7 +352,7 @@ def test_llama_cpp_gives_the_same_distribution(checkpoint, tmp_path, name, metho
             if layer.bias is not None:
                 dense.bias.copy_(layer.bias)
             model.set_submodule(path, dense)
-    export(model, tokenizer, Path(folder), tmp_path / "dense.gguf", embedding="F16")
+    export(model, tokenizer, tmp_path / "dense.gguf", embedding="F16")
     packed, dense = llama_cpp(tmp_path / "packed.gguf", tokens), llama_cpp(tmp_path / "dense.gguf", tokens)
     answered = packed.ne(NOT_GIVEN).any(dim=1) & dense.ne(NOT_GIVEN).any(dim=1)
     assert int(answered.sum()) >= 50

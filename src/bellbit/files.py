@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,8 +10,11 @@ from pathlib import Path
 
 @contextmanager
 def beside(file: Path) -> Iterator[Path]:
-    """A path to write to, in the folder of `file`, whose place it takes at the end; if that is reached."""
-    partial = file.with_name(f"{file.name}.partial")
+    """A path to write to, in the folder of `file`, whose place it takes at the end; if that is reached.
+
+    It is this process's own: of two that write the same file at once, the last one's stays.
+    """
+    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
     try:
         yield partial
         partial.replace(file)

@@ -106,7 +106,9 @@ def inspect(location: Location) -> Inspection:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model directory, those of its index if it has one."""
+    """The safetensors files of a model directory, in transformers' order: the usual one, those of an index, or any."""
+    if (whole := folder / "model.safetensors").is_file():
+        return [whole]
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         weight_map = _read_json(index).get("weight_map")
@@ -167,7 +169,7 @@ def _plain_row(name: str, dtype: str, shape: Iterable[int], nbytes: int) -> Row:
     if len(shape) == 1:
         kind = "norm" if "norm" in name or "ln_" in name else "other"
     else:
-        tables = ("embed", "embd", "lm_head", "output.weight")
+        tables = ("embed", "embd", "wte", "wpe", "lm_head", "output.weight")
         kind = "embedding" if any(word in name for word in tables) and "attn" not in name else "other"
     return Row(name, kind, dtype, shape, {"values": bits}, bits, nbytes)
 

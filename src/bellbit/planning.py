@@ -16,17 +16,18 @@ from bellbit.core.grid import GROUP
 from bellbit.core.hessian import accumulate, inverse_factor, new_hessian
 from bellbit.core.ltdb import learn_column_scales
 from bellbit.errors import BellbitError
-from bellbit.loading import compute_dtype, load_config, locate, quantized_by, resolve_device, window_length
+from bellbit.loading import compute_dtype, window_length
 from bellbit.memory import peak_memory
 from bellbit.packed.linears import unfuse
 from bellbit.ptq.blocks import skeleton
 from bellbit.ptq.budget import mixes_widths, widths_alike
-from bellbit.ptq.effort import PIECE, TAIL, efforts, own_windows
-from bellbit.ptq.families import check_foldable, family_of
+from bellbit.ptq.effort import PIECE, TAIL, efforts
+from bellbit.ptq.families import FAMILIES, check_foldable, family_of
 from bellbit.ptq.ladder import bf16_pays
 from bellbit.ptq.loop import linear_shapes, weight_of
 from bellbit.ptq.methods import METHODS, Settings, bits_of_levels
-from bellbit.ptq.quantize import check_samples, reads_whole
+from bellbit.ptq.quantize import check_samples, computing, original, reads_whole, sources
+from bellbit.ptq.sampling import SELF
 
 TRIAL_ROWS, TRIAL_COLUMNS = 2048, 512  # of a weight that is quantized to see how long it takes and what it stores
 TRIAL_PRODUCT = 2048  # width of a product that is timed
@@ -64,11 +65,13 @@ def plan(
     model: str,
     method: str = "dbellquant",
     *,
+    calib: str = "wiki-sample",
     samples: int = 128,
     seq_len: int | None = None,
     device: str = "auto",
     dtype: str = "auto",
     offload: bool = False,
+    allow_unknown: bool = False,
     **options: Any,
 ) -> Plan:
     """What `quantize` with the same arguments will take; reads the config alone, and times some products here.
@@ -77,19 +80,21 @@ def plan(
     """
     settings = Settings(method, **options)
     check_samples(samples)
-    device, dtype = resolve_device(device, dtype)
-    location = locate(model)
-    config = load_config(location)
-    if (by := quantized_by(config, location)) is not None:
-        raise BellbitError(f"{model} is quantized already, by {by}; give the original model")
+    device, dtype = computing(settings, device, dtype)
+    location, config = original(model)
+    if allow_unknown and config.model_type not in FAMILIES:
+        raise BellbitError(
+            f"there is no plan for the unknown architecture {config.model_type!r}: its linears are found by running it"
+        )
     libraries = peak_memory()
     settings = settings.resolved(family_of(config))
     if settings.folds:
         check_foldable(config)
     sizes = _sizes(config)
     length = window_length(config, seq_len if METHODS[method].calibrates else None)
-    own = own_windows(settings, samples)
-    tokens = (samples + own) * length if METHODS[method].calibrates else 0
+    counts = sources(settings, calib, samples)
+    own, tokens = counts.get(SELF, 0), sum(counts.values()) * length
+    bf16 = METHODS[method].climbs and bf16_pays(device)
     whole = reads_whole(location, settings, sizes.shapes)
     item = compute_dtype(dtype, config).itemsize
     chains = 2 if METHODS[method].climbs or (METHODS[method].transforms and settings.ltdb != "off") else 1
@@ -102,6 +107,8 @@ def plan(
         "all blocks" if whole else "one block": item * (sum if whole else max)(sizes.blocks),
         "hidden states": 0 if offload else kept * item * tokens * config.hidden_size,
     }
+    if METHODS[method].climbs and efforts(settings).distilled:
+        resident["the float model's last states"] = (2 if bf16 else 4) * tokens * config.hidden_size
     again = output if whole else output - int(sizes.weights * bits / 8 * (1 - 1 / len(sizes.blocks)))
     moments = {
         **_moments(sizes, settings, whole, item, at_once, config.num_attention_heads * length),
@@ -110,7 +117,7 @@ def plan(
     if own:  # before anything else is there
         moments["the model that writes text"] = item * sizes.parameters - sum(resident.values())
     worst = max(moments, key=lambda moment: moments[moment])
-    speed = _speed(bf16_pays(device) and METHODS[method].climbs, device)
+    speed = _speed(bf16, device)
     return Plan(
         model=model,
         method=method,

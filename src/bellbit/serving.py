@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 import threading
 
@@ -12,14 +13,16 @@ from bellbit.loading import Location, load_config
 def serve(location: Location, host: str, port: int) -> None:
     """Answer requests until Ctrl-C.
 
-    Raises BellbitError if the model or the package that serves it is missing, or the port is taken.
+    Raises BellbitError if the model or the package that serves it is missing, the port is taken or the host not here.
     """
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise BellbitError(f"cannot listen on {host}:{port}: {error.strerror}; give another --port") from None
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        other = "--port" if error.errno in (errno.EADDRINUSE, errno.EACCES) else "--host"
+        raise BellbitError(f"cannot listen on {host}:{port}: {error.strerror}; give another {other}") from None
     if location.gguf:
         _serve_gguf(location, host, port)
     else:

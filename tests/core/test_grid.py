@@ -3,7 +3,7 @@ import torch
 from test_compensate import problem
 
 from bellbit.core import grid
-from bellbit.core.hessian import inverse_factor
+from bellbit.core.hessian import accumulate, inverse_factor, new_hessian
 
 
 def output_error(weight, levels, scales, hessian):
@@ -56,6 +56,23 @@ def test_every_way_to_the_codes_is_better_than_the_one_before(width):
     assert errors[1] < errors[0]
     assert errors[2] < errors[1]
     assert errors[3] < 0.9 * errors[2]
+
+
+@pytest.mark.parametrize("size", [1e-3, 1e3])
+def test_weights_of_dead_inputs_get_the_nearest_code_and_do_not_decide_scales(size):
+    """A grid without a zero cannot leave them out; the 1 that stands for their mean square is much or nothing."""
+    generator = torch.Generator().manual_seed(0)
+    weight, inputs = torch.randn(8, 200, generator=generator), size * torch.randn(400, 200, generator=generator)
+    inputs[:, ::3] = 0
+    hessian = new_hessian(200)
+    accumulate(hessian, inputs, 1)
+    factor = inverse_factor(hessian)
+    levels, scales = grid.first_codes(weight, factor, 1)
+    assert torch.equal(levels[:, ::3], grid.nearest_levels(weight[:, ::3], 1))
+    rest = weight - grid.spread(scales, 200) * levels
+    lost, whole = (float(((w @ hessian) * w).sum()) for w in (rest, weight))
+    assert lost < 0.4 * whole
+    assert 1.2 < float(scales.mean()) < 2.2  # 2·mean|w| = 1.6; with a 1 for the dead ones .01 at 1e-3
 
 
 def test_refitted_scales_are_least_squares():

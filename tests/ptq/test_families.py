@@ -4,6 +4,7 @@ from torch import nn
 from transformers import BloomConfig, OPTConfig
 
 from bellbit.errors import BellbitError
+from bellbit.packed.linears import unfuse
 from bellbit.ptq.families import by_norm, check_foldable, family_of, fold_column_scales, linear_names
 from bellbit.ptq.methods import Settings
 from conftest import CONFIGS, family_named, random_model
@@ -51,6 +52,27 @@ def test_matrices_become_linears_without_a_change(name):
     before, after = (random_model(CONFIGS[name](), as_stored) for as_stored in (True, False))
     with torch.no_grad():
         torch.testing.assert_close(after(tokens).logits, before(tokens).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_gelu_passes_no_factor_on():
+    assert ("fc1", "fc2") in family_of(OPTConfig()).chains
+    assert family_of(OPTConfig(activation_function="gelu")).chains == (("self_attn.v_proj", "self_attn.out_proj"),)
+
+
+def test_experts_of_another_kind_are_refused(monkeypatch):
+    model = random_model(CONFIGS["mixtral"](), as_stored=True)
+    experts = model.model.layers[0].mlp.experts
+    for change in ({"has_bias": True}, {"is_transposed": True}):
+        with (
+            monkeypatch.context() as context,
+            pytest.raises(BellbitError, match="are no plain gated MLPs"),
+        ):
+            for name, value in change.items():
+                context.setattr(experts, name, value)
+            unfuse(model)
+    monkeypatch.setattr(type(experts), "_apply_gate", lambda self, gate_up: gate_up.clamp(max=7))
+    with pytest.raises(BellbitError, match=r"'model.layers.0.mlp.experts' \(MixtralExperts\) are no plain gated MLPs"):
+        unfuse(model)
 
 
 @pytest.mark.parametrize("name", sorted(CONFIGS))

@@ -14,8 +14,9 @@ from bellbit.packed.tensor import mean_over_weights
 from bellbit.ptq import budget, effort, entering, ladder, resume
 from bellbit.ptq.blocks import Blocks
 from bellbit.ptq.collect import FEWEST_TOKENS
-from bellbit.ptq.distill import Front, divergence, teacher_states
+from bellbit.ptq.distill import Front, check_head, divergence, teacher_states
 from bellbit.ptq.families import fold_along_chain, linear_names, shared_by_heads
+from bellbit.ptq.fit import Plan, Rates, fit, parameter_groups
 from bellbit.ptq.ladder import climb
 from bellbit.ptq.latent import LatentLinear
 from bellbit.ptq.methods import RUNGS, Settings, bits_of_levels
@@ -272,7 +273,7 @@ def test_the_loss_of_rounding_is_that_of_the_whole_model(name, rungs):
             kept = weight.clone()
             levels, scales = first_codes(kept, factor, 2)
             weight.copy_(levels * scales.repeat_interleave(128, dim=1)[:, : weight.shape[1]])
-            hook = model.get_submodule(linear).register_forward_hook(with_first_token_through(kept))
+            hook = model.get_submodule(linear).register_forward_hook(with_first_token_through(kept, tokens.shape[1]))
             found = model(tokens[:1]).logits.log_softmax(-1)
             hook.remove()
             weight.copy_(kept)
@@ -280,12 +281,12 @@ def test_the_loss_of_rounding_is_that_of_the_whole_model(name, rungs):
             assert losses[linear] == pytest.approx(float(loss), rel=1e-3)
 
 
-def with_first_token_through(weight):
-    """A hook; an expert's inputs have no places, there it does nothing."""
+def with_first_token_through(weight, length):
+    """A hook; where an expert gets some of the tokens they have no places, and it does nothing."""
 
     def hook(layer, given, output):
-        if output.ndim == 3:
-            output[:, :1] = torch.nn.functional.linear(given[0][:, :1], weight, layer.bias)
+        if output.shape[-2] == length:
+            output[..., :1, :] = torch.nn.functional.linear(given[0][..., :1, :], weight, layer.bias)
 
     return hook
 
@@ -348,6 +349,28 @@ def test_a_hessian_beyond_repair_falls_back_and_is_told(monkeypatch):
     monkeypatch.setattr(entering, "inverse_factor", lambda h: inverse_factor(-h))
     _, run = climbed(rungs=("codes",))
     assert len(run.fallbacks) == 14
+
+
+def test_a_head_that_is_more_than_a_product_is_noticed():
+    model = random_model(CONFIGS["llama"]())
+    check_head(model, windows(1, 40))
+    model.lm_head.bias = torch.nn.Parameter(torch.ones(len(model.lm_head.weight)))
+    with pytest.raises(BellbitError, match="--rungs text,columns,codes,blocks"):
+        check_head(model, windows(1, 40))
+
+
+def test_an_error_that_is_no_number_ends_training():
+    plan = Plan(windows=3, held_back=1, epochs=1, rates=Rates(0.1, 0.1, 0.1), seed=0)
+    with pytest.raises(BellbitError, match="the error on the text held back is nan before anything is trained"):
+        fit(torch.nn.RMSNorm(4), lambda index: torch.tensor(math.nan), plan, lambda *_: None)
+
+
+def test_norms_are_trained_by_the_size_of_what_they_multiply_by():
+    norm = torch.nn.LayerNorm(4)
+    torch.nn.init.constant_(norm.weight, 0.5)
+    for offset, size in ((0.0, 0.5), (1.0, 1.5)):
+        groups = parameter_groups(norm, Rates(0.0, 0.0, 0.1), offset)
+        assert [group["lr"] for group in groups] == pytest.approx([0.1 * size] * 2)  # the bias of zeros, too
 
 
 def test_the_time_of_earlier_runs_is_counted(tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ from bellbit.errors import BellbitError
 from bellbit.inspection import inspect
 from bellbit.loading import locate
 from bellbit.packed import checkpoint, save
-from bellbit.ptq.methods import METHODS
+from bellbit.ptq.methods import METHODS, OWN_OPTIONS
 from conftest import CONFIGS
 
 
@@ -60,7 +60,7 @@ def test_every_family_is_quantized_saved_loaded_and_generates(quantize, tmp_path
 
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_every_method_saves_what_it_says(quantize, tiny_model, method):
-    report = quantize(method=method, bits=3)
+    report = quantize(method=method, **({"bits": 3} if method in OWN_OPTIONS["bits"] else {}))
     found = inspect(locate(report.out))
     quantized = found.total("quantized")
     assert 8 * quantized.nbytes / quantized.count == pytest.approx(report.bits_per_weight)
@@ -115,6 +115,11 @@ def nothing_is_left(folder):
             "--method awq is not possible; allowed: bellbit, dbellquant, billm, arb, ",
         ),
         ({"act_bits": 7}, "--act-bits 7 is not possible; allowed: 16, 8, 6"),
+        ({"bpw": 2.4}, "--bpw is of the method bellbit, not of dbellquant"),
+        ({"method": "bellbit", "bits": 2 + 1}, "--bits is of the method gptq and rtn, not of bellbit"),
+        ({"method": "bellbit", "act_bits": 8}, "--act-bits 8 is not possible; allowed: 16 with the method bellbit"),
+        ({"method": "bellbit", "dtype": "bfloat16"}, "--dtype bfloat16 is not possible with the method bellbit"),
+        ({"method": "bellbit", "samples": 1, "seq_len": 8, "rungs": ("codes", "blocks")}, "give more --samples"),
         ({"metric": "fisher"}, "--metric fisher is not possible; allowed: hessian, magnitude"),
         ({"method": "gptq", "bits": 9}, "--bits 9 is not possible; allowed: 1 to 8"),
         ({"block_size": 1}, "--block-size 1 is not possible"),

@@ -130,12 +130,26 @@ def first_codes(weight: Tensor, factor: InverseFactor | None, width: int) -> tup
     if factor is None or factor.damping is None:
         scales = fit_scales(weight, torch.ones_like(weight[0]), width)
         return nearest_levels(weight / spread(scales, weight.shape[1]), width), scales
+    factor = _heard_faintly(factor)
     hessian = torch.cholesky_inverse(factor.upper, upper=True)
-    weight = torch.where(factor.dead, 0.0, weight)
     levels, scales = feedback_levels(weight, factor, width)
     levels, scales = descend(weight, levels, refit_scales(weight, levels, scales, hessian), hessian, width)
     nothing = ~weight.any(dim=1, keepdim=True)
     return levels.masked_fill_(nothing, 0.5), scales.masked_fill_(nothing, SMALLEST_SCALE)
+
+
+def _heard_faintly(factor: InverseFactor) -> InverseFactor:
+    """Dead inputs as if they had been heard as faintly as the faintest.
+
+    A grid without a zero can neither leave their weights out, nor let them, with the 1 that stands for their mean
+    square, decide the scales of others.
+    """
+    if bool(factor.dead.all()) or not bool(factor.dead.any()):
+        return factor._replace(dead=torch.zeros_like(factor.dead))
+    upper = factor.upper.clone()
+    diagonal = upper.diagonal()
+    diagonal[factor.dead] = diagonal[~factor.dead].max()  # of the inverse
+    return InverseFactor(upper, torch.zeros_like(factor.dead), factor.damping)
 
 
 class _StraightThrough(torch.autograd.Function):

@@ -302,13 +302,14 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, None, None, None]:
         latent, weight, scales = ctx.saved_tensors
+        gradient = gradient.contiguous()  # held until the kernel has read it
         wrt_latent = torch.empty_like(latent) if ctx.needs_input_grad[0] else None
         wrt_scales = torch.empty_like(scales)
         _kernels.derivatives_of(
             ctx.latents,
             weight.dtype == torch.bfloat16,
             weight.data_ptr(),
-            _require(gradient.contiguous(), weight.dtype, *weight.shape),
+            _require(gradient, weight.dtype, *weight.shape),
             0 if wrt_latent is None else wrt_latent.data_ptr(),
             wrt_scales.data_ptr(),
             torch.get_num_threads(),
@@ -359,7 +360,7 @@ if _kernels is not None:
     )
     _LIBRARY.define("hadamard(Tensor x) -> Tensor")
     _LIBRARY.impl("hadamard", _rotate, "CPU")
-    torch.library.register_fake("bellbit::hadamard", torch.empty_like, lib=_LIBRARY)
+    torch.library.register_fake("bellbit::hadamard", lambda x: x.new_empty(x.shape), lib=_LIBRARY)
     torch.library.register_autograd(  # H is symmetric
         "bellbit::hadamard",
         lambda ctx, grad: rotate(grad),

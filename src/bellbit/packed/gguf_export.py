@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +16,7 @@ from torch import Tensor
 from bellbit.errors import BellbitError
 from bellbit.files import beside
 from bellbit.packed.bits import unpack_bits
+from bellbit.packed.gguf_tokenizer import add_tokenizer
 from bellbit.packed.gguf_types import TYPES, choose, relative_error
 from bellbit.packed.linear import packed_linears
 from bellbit.packed.planes import SIGN_BLOCK, Sign128, Symmetric
@@ -26,14 +27,6 @@ from bellbit.ptq.families import family_of
 ARCHITECTURES = {"gemma3_text": "gemma3", "llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 _INTERLEAVED = ("llama",)  # rotary pairs lie side by side there, half a head apart in transformers
 _GEMMA_PATTERN = 6  # of how many layers llama.cpp takes the last one to see everything, the others a window
-
-# How text is split before byte-pair merges: what the tokenizer's own rule contains -> llama.cpp's name of the rule.
-_SPLITS = (
-    (r"\p{N}{1,3}", "llama-bpe"),
-    (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)", "qwen2"),
-    ('"individual_digits": true', "smollm"),
-    ('"ByteLevel"', "gpt-2"),
-)
 
 
 @dataclass(frozen=True)
@@ -54,7 +47,6 @@ class Exported:
 def export(
     model: Any,
     tokenizer: Any,
-    folder: Path,
     out: Path,
     *,
     budget: float = 8.5,
@@ -63,10 +55,10 @@ def export(
 ) -> list[Exported]:
     """Write a quantized model as a GGUF file, beside `out` first and then renamed.
 
-    model, tokenizer: as loaded from `folder`, which holds the tokenizer's files. budget: bits a weight for quantized
-    tensors that cannot be Q1_0. embedding: type of embedding and head, a key of TYPES; `auto` is Q6_K, or Q8_0 where
-    rows are no multiple of 256.
-    Raises BellbitError if the architecture, its rotary scaling or the tokenizer has no counterpart in llama.cpp.
+    budget: bits a weight for quantized tensors that cannot be Q1_0. embedding: type of embedding and head, a key of
+    TYPES; `auto` is Q6_K, or Q8_0 where rows are no multiple of 256. Activations of 8 or 6 bits are 16 bits there.
+    Raises BellbitError if the architecture, its rotary scaling, the tokenizer or the quantizer that inputs were trained
+    with has no counterpart in llama.cpp.
     """
     import gguf
 
@@ -76,12 +68,15 @@ def export(
         raise BellbitError(
             f"the architecture {config.model_type!r} cannot be exported; possible are {', '.join(ARCHITECTURES)}"
         )
+    for name, layer in packed_linears(model).items():
+        if layer.input_quantizer is not None:
+            raise BellbitError(f"{name!r} has its inputs quantized as trained, by {layer.input_rule}; llama.cpp cannot")
     if embedding != "auto" and embedding not in TYPES:
         raise BellbitError(f"--embedding {embedding} is not possible; allowed: auto, {', '.join(TYPES)}")
     with beside(out) as part:
         writer = gguf.GGUFWriter(part, architecture)
         _add_settings(writer, config)
-        _add_tokenizer(writer, tokenizer, folder, config.vocab_size)
+        add_tokenizer(writer, tokenizer, config.vocab_size)
         names = gguf.get_tensor_name_map(
             next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture), config.num_hidden_layers
         )
@@ -95,11 +90,23 @@ def export(
             report((index + 1) / len(tensors))
         if (factors := _rope_factors(model)) is not None:
             written.append(_plain(writer, "rope_freqs.weight", factors))
+        writer.add_file_type(_file_type(written))
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
     return written
+
+
+def _file_type(written: list[Exported]) -> int:
+    """What llama.cpp calls a file of these tensors: by the type of most of its weights."""
+    import gguf
+
+    weights: Counter[str] = Counter()
+    for tensor in written:
+        weights[tensor.kind] += int(np.prod(tensor.shape))
+    (kind, _), *_ = weights.most_common(1)
+    return int(getattr(gguf.LlamaFileType, f"MOSTLY_{kind}", gguf.LlamaFileType.GUESSED))
 
 
 def _tensors(model: Any) -> Iterator[tuple[str, Any]]:
@@ -175,7 +182,6 @@ def _add_settings(writer: Any, config: Any) -> None:
     import gguf
 
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q1_0)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(config.max_position_embeddings)
@@ -235,68 +241,3 @@ def _rope_factors(model: Any) -> Tensor | None:
     size = 2 * len(frequencies)
     plain = float(rope["rope_theta"]) ** -(torch.arange(0, size, 2, dtype=torch.float64) / size)
     return (plain / frequencies).float()
-
-
-def _add_tokenizer(writer: Any, tokenizer: Any, folder: Path, vocabulary: int) -> None:
-    import gguf
-
-    described = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    if described["model"].get("type") != "BPE":
-        raise BellbitError(f"a tokenizer of the kind {described['model'].get('type')!r} cannot be exported; BPE can")
-    added = {entry["id"]: entry for entry in described.get("added_tokens", ())}
-    by_id = {index: token for token, index in tokenizer.get_vocab().items()}
-    merges = [m.split(" ") if isinstance(m, str) else m for m in described["model"].get("merges", ())]
-    sentencepiece = bool(described["model"].get("byte_fallback"))  # a SentencePiece model, written as merges
-    tokens, kinds = [], []
-    for index in range(vocabulary):
-        token = by_id.get(index, f"[PAD{index}]")
-        if index not in by_id:
-            kind = gguf.TokenType.UNUSED
-        elif index in added:
-            kind = gguf.TokenType.CONTROL if added[index]["special"] else gguf.TokenType.USER_DEFINED
-        elif sentencepiece and len(token) == 6 and token.startswith("<0x"):
-            kind = gguf.TokenType.BYTE
-        else:
-            kind = gguf.TokenType.NORMAL
-        tokens.append(token)
-        kinds.append(kind)
-    if sentencepiece:
-        writer.add_tokenizer_model("llama")
-        writer.add_token_scores(_scores(tokens, merges))
-        writer.add_add_space_prefix(_prepends_space(described))
-    else:
-        writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre(_split_rule(described))
-        writer.add_token_merges([" ".join(pair) for pair in merges] or [""])
-    writer.add_token_list([token.encode() for token in tokens])
-    writer.add_token_types(kinds)
-    for kind_name in ("bos", "eos", "unk", "pad"):
-        special = getattr(tokenizer, f"{kind_name}_token_id", None)
-        if special is not None and special < vocabulary:  # a tokenizer may know more tokens than the model
-            getattr(writer, f"add_{kind_name}_token_id")(special)
-    starts = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
-    writer.add_add_bos_token(bool(starts))
-    if tokenizer.chat_template:
-        writer.add_chat_template(tokenizer.chat_template)
-
-
-def _scores(tokens: list[str], merges: list[list[str]]) -> list[float]:
-    """SentencePiece joins the neighbours whose union scores highest: what the first merges make; others never."""
-    ranks: dict[str, int] = {}
-    for rank, pair in enumerate(merges):
-        ranks.setdefault("".join(pair), rank)
-    return [-float(ranks.get(token, len(merges))) for token in tokens]
-
-
-def _prepends_space(described: dict[str, Any]) -> bool:
-    """Whether a space is put before the text: by the normalizer, or by the pre-tokenizer."""
-    rules = json.dumps([described.get("normalizer"), described.get("pre_tokenizer")])
-    return '"Prepend"' in rules or '"prepend_scheme": "first"' in rules or '"prepend_scheme": "always"' in rules
-
-
-def _split_rule(described: dict[str, Any]) -> str:
-    rule = json.dumps(described.get("pre_tokenizer"), ensure_ascii=False).replace("\\\\", "\\")
-    for part, name in _SPLITS:
-        if part in rule:
-            return name
-    raise BellbitError(f"the tokenizer splits text by a rule that llama.cpp has no known name for: {rule[:200]}")

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from bellbit.errors import BellbitError
+
 
 class Expert(nn.Module):
     """A gated MLP: down(act(gate(x))·up(x))."""
@@ -54,16 +56,41 @@ def _experts(fused: Any) -> Experts:
     )
 
 
+# What transformers notes of experts, and how it is where they are what `Expert` computes.
+_ORDINARY = {
+    "has_gate": True,
+    "has_bias": False,
+    "has_post_expert_norm": False,
+    "is_concatenated": True,
+    "is_transposed": False,
+}
+
+
 def _is_fused(module: nn.Module) -> bool:
     """Whether a module holds gated experts in two arrays, as Mixtral's and Qwen3-MoE's do today."""
     arrays = (getattr(module, name, None) for name in ("gate_up_proj", "down_proj"))
     return all(isinstance(array, nn.Parameter) and array.ndim == 3 for array in arrays)
 
 
+def _check_ordinary(name: str, fused: Any) -> None:
+    """Raise BellbitError if fused experts do not compute down(act(gate(x))·up(x)): some clamp, some have biases."""
+    gate = getattr(type(fused), "_apply_gate", None)
+    if (gate is not None and gate.__name__ != "_default_apply_gate") or any(
+        getattr(fused, field, usual) != usual for field, usual in _ORDINARY.items()
+    ):
+        raise BellbitError(
+            f"the experts {name!r} ({type(fused).__name__}) are no plain gated MLPs, and bellbit knows no others"
+        )
+
+
 def unfuse(model: nn.Module) -> None:
-    """Put linears into the place of all that is none, in place; the function is unchanged."""
+    """Put linears into the place of all that is none, in place; the function is unchanged.
+
+    Raises BellbitError for experts that are computed in another way than most.
+    """
     for name, module in list(model.named_modules()):
         if isinstance(module, Conv1D):
             model.set_submodule(name, _linear(module.weight.detach().t().contiguous(), module.bias))
         elif _is_fused(module):
+            _check_ordinary(name, module)
             model.set_submodule(name, _experts(module))

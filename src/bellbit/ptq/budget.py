@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from heapq import heapify, heappop, heappush
 from typing import Any
 
@@ -34,26 +35,25 @@ def allocate(shapes: Mapping[str, Sequence[int]], losses: Mapping[str, float], b
     one bit each is over the limit, because last groups are short, one bit each it is.
     """
 
-    def stored(name: str, width: int) -> float:
-        return math.prod(shapes[name]) * bits_of_levels(shapes[name], width, bpw)
-
-    def gain(name: str) -> float:
+    def offer(place: int, name: str) -> tuple[float, int, str, float]:
+        """What one more bit gains for each it takes (negative), and how many it takes."""
         width = widths[name]
-        return losses[name] * (ERRORS[width] - ERRORS[width + 1]) / (stored(name, width + 1) - stored(name, width))
+        more = math.prod(shapes[name]) * (bits(shapes[name], width + 1) - bits(shapes[name], width))
+        return losses[name] * (ERRORS[width + 1] - ERRORS[width]) / more, place, name, more
 
+    bits = partial(bits_of_levels, bpw=bpw)
     widths = dict.fromkeys(shapes, 1)
-    left = bpw * sum(map(math.prod, shapes.values())) - sum(stored(name, 1) for name in shapes)
-    queue = [(-gain(name), place, name) for place, name in enumerate(shapes)] if bpw > ALL_SIGNS else []
+    left = sum(math.prod(shape) * (bpw - bits(shape, 1)) for shape in shapes.values())
+    queue = [offer(place, name) for place, name in enumerate(shapes)] if bpw > ALL_SIGNS else []
     heapify(queue)
     while queue:
-        _, place, name = heappop(queue)
-        more = stored(name, widths[name] + 1) - stored(name, widths[name])
+        _, place, name, more = heappop(queue)
         if more > left:
             continue
         left -= more
         widths[name] += 1
         if widths[name] < WIDEST:
-            heappush(queue, (-gain(name), place, name))
+            heappush(queue, offer(place, name))
     return widths
 
 
@@ -63,12 +63,11 @@ def widths_alike(settings: Settings, shapes: Mapping[str, Sequence[int]]) -> dic
 
 
 def mixes_widths(settings: Settings, shapes: Mapping[str, Sequence[int]]) -> bool:
-    """Whether it is to be found out which linears get more bits than others."""
-    return (
-        "budget" in settings.rungs
-        and settings.bpw > ALL_SIGNS
-        and min(widths_alike(settings, shapes).values()) < WIDEST
+    """Whether it is to be found out which linears get more bits than others: not if all can have the most."""
+    left = sum(
+        math.prod(shape) * (settings.bpw - bits_of_levels(shape, WIDEST, settings.bpw)) for shape in shapes.values()
     )
+    return "budget" in settings.rungs and settings.bpw > ALL_SIGNS and left < 0
 
 
 @torch.no_grad()
@@ -124,8 +123,8 @@ def _exact_for(tokens: Tensor, linear: Any, weight: Tensor) -> Iterator[None]:
     """Inside, some tokens (bool, (length,)) of a window go through `weight` (out, in) instead of the linear's own."""
 
     def correct(_: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
-        if output.ndim == 3:  # an expert is given tokens without their places
-            output[:, tokens] += nn.functional.linear(given[0][:, tokens], weight - linear.weight)
+        if output.shape[-2] == len(tokens):  # an expert is given some tokens, without their places
+            output[..., tokens, :] += nn.functional.linear(given[0][..., tokens, :], weight - linear.weight)
 
     hook = linear.register_forward_hook(correct)
     try:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bellbit.errors import BellbitError
 from bellbit.ptq.fit import Plan, fit
 from bellbit.ptq.resume import Saved
 from bellbit.ptq.stream import acting, giving
@@ -18,6 +19,7 @@ from bellbit.ptq.stream import acting, giving
 TOKENS_AT_ONCE = (
     128  # through the head: an array of logits of 128 × 49152 is 25 MB, and malloc maps anew what is over 32
 )
+HEAD_TOKENS = 32  # that are looked at to see whether a model's head is as it is taken to be
 
 
 class _Divergence(torch.autograd.Function):
@@ -65,6 +67,23 @@ def divergence(student: Tensor, teacher: Tensor, head: Tensor, cap: float | None
 def logit_cap(config: Any) -> float | None:
     """`cap` of a model."""
     return getattr(config, "final_logit_softcapping", None)
+
+
+@torch.no_grad()
+def check_head(model: Any, windows: Tensor) -> None:
+    """Raise BellbitError if a model's logits are not its last hidden states times its head, within .1 %.
+
+    Some architectures scale them, or have a bias. windows: token ids (samples, length), of which a few are read.
+    """
+    few = windows[:1, :HEAD_TOKENS]
+    found = model(input_ids=few, use_cache=False).logits[0].float()
+    head = model.get_output_embeddings().weight
+    expected = _logits(last_states(model, few, 0, bf16=False), head, logit_cap(model.config))
+    if not torch.allclose(found, expected, rtol=0, atol=1e-3 * float(found.abs().max())):
+        raise BellbitError(
+            f"the logits of a {model.config.model_type!r} are not its last hidden states times its head, which the "
+            "rungs budget, tail and distill take for granted; leave them out with --rungs text,columns,codes,blocks"
+        )
 
 
 @dataclass(frozen=True)

@@ -132,7 +132,7 @@ _OPT = Family(
         InputGroup(("fc1",), norm="final_layer_norm"),
         InputGroup(("fc2",)),
     ),
-    chains=(("self_attn.v_proj", "self_attn.out_proj"), ("fc1", "fc2")),  # ReLU passes positive factors
+    chains=(("self_attn.v_proj", "self_attn.out_proj"),),
     learns_scales=False,
     act_scope="tensor",
     rounded_outputs=_QKV,
@@ -176,6 +176,11 @@ def _falcon(config: Any) -> Family:
     return Family("transformer.h", _plain(*linears, *norms))
 
 
+def _opt(config: Any) -> Family:
+    """OPT's own ReLU passes positive factors; what else was made in its shape may have a GELU, which does not."""
+    return replace(_OPT, chains=(*_OPT.chains, ("fc1", "fc2"))) if config.activation_function == "relu" else _OPT
+
+
 def _stablelm(config: Any) -> Family:
     """As LLaMA, but where attention and MLP stand beside each other both read what the one norm gives."""
     if not config.use_parallel_residual:
@@ -198,7 +203,7 @@ FAMILIES: dict[str, Family | Callable[[Any], Family]] = {
     "mistral": _LLAMA,
     "mixtral": _MIXTURE,
     "olmo2": _POST_NORM,
-    "opt": _OPT,
+    "opt": _opt,
     "phi3": _PHI3,
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bellbit.errors import BellbitError
 from bellbit.ptq.latent import latent_linears
 from bellbit.ptq.resume import Saved
 
@@ -22,7 +23,7 @@ _STEP = "fit"  # name of what is kept
 @dataclass(frozen=True)
 class Rates:
     """Of Adam. signs: of latents of one bit, in units of the scale; levels: of those of more. relative: of scales and
-    norms, as a share of their size.
+    norms, as a share of their size; of a norm's bias, of its weight's.
 
     A rate of 0 leaves that kind as it is.
     """
@@ -34,13 +35,17 @@ class Rates:
 
 @dataclass(frozen=True)
 class Plan:
-    """windows: how many there are, of which the last `held_back` are not trained on. seed: of their order."""
+    """windows: how many there are, of which the last `held_back` are not trained on. seed: of their order.
+
+    norm_offset: of the family.
+    """
 
     windows: int
     held_back: int
     epochs: int
     rates: Rates
     seed: int
+    norm_offset: float = 0.0
 
     @property
     def trained(self) -> int:
@@ -52,15 +57,19 @@ def is_norm(module: nn.Module) -> bool:
     return "Norm" in type(module).__name__
 
 
-def parameter_groups(module: nn.Module, rates: Rates) -> list[dict[str, Any]]:
+def parameter_groups(module: nn.Module, rates: Rates, norm_offset: float = 0.0) -> list[dict[str, Any]]:
     """What a rung trains: latents and scales of its `LatentLinear`s, the weights and biases of its norms."""
     linears = latent_linears(module).values()
-    norms = [p for m in module.modules() if is_norm(m) for p in m.parameters(recurse=False)]
+    norms: list[Any] = [m for m in module.modules() if is_norm(m) and getattr(m, "weight", None) is not None]
+
+    def size(norm: Any) -> float:
+        return float((norm_offset + norm.weight.detach()).abs().mean())
+
     groups: list[dict[str, Any]] = [
         {"params": [layer.latent for layer in linears if layer.width == 1], "lr": rates.signs},
         {"params": [layer.latent for layer in linears if layer.width > 1], "lr": rates.levels},
         {"params": [layer.log_scales for layer in linears], "lr": rates.relative},
-        *({"params": [norm], "lr": rates.relative * float(norm.detach().abs().mean())} for norm in norms),
+        *({"params": [p], "lr": rates.relative * size(m)} for m in norms for p in m.parameters(recurse=False)),
     ]
     return [group for group in groups if group["lr"] > 0 and group["params"]]
 
@@ -101,6 +110,11 @@ class _State:
 
     def add(self, error: float) -> None:
         """The error held back, before the first or after another epoch."""
+        if not self.best and not math.isfinite(error):
+            raise BellbitError(
+                f"the error on the text held back is {error} before anything is trained: hidden states are no numbers, "
+                "or too large for their type; is the model sound?"
+            )
         if error < min(self.errors, default=math.inf):
             self.best = [p.detach().clone() for p in self.tuned]
         self.errors.append(error)
@@ -146,8 +160,9 @@ def fit(
 
     error: of one window, a scalar. report: told the share of steps done and the least mean error held back. saved:
     keeps the state of every epoch and takes up one that it has. Returns that error before training and after epochs.
+    Raises BellbitError if it is no number before training.
     """
-    groups = parameter_groups(module, plan.rates)
+    groups = parameter_groups(module, plan.rates, plan.norm_offset)
     flags = {p: p.requires_grad for p in module.parameters()}
     tuned = [p for group in groups for p in group["params"]]
     for p in flags:

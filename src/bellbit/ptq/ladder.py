@@ -14,10 +14,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from bellbit.errors import BellbitError
 from bellbit.packed.linear import PackedLinear
 from bellbit.ptq.blocks import Blocks
 from bellbit.ptq.budget import choose_widths, mixes_widths
-from bellbit.ptq.distill import Front, distill, teacher_states
+from bellbit.ptq.distill import Front, check_head, distill, teacher_states
 from bellbit.ptq.effort import DISTILLED_PIECE, FIRST_BLOCKS, HELD_BACK, PIECE, TAIL, efforts, pace
 from bellbit.ptq.entering import enter
 from bellbit.ptq.fit import Plan, Rates, is_norm
@@ -52,11 +53,14 @@ def climb(
     ids (samples, length), the last few held back from training. seed: of the order of the windows. saved: what is done
     is kept there, and not done again. shapes: (out, in) of all linears by full name; looked up if not given.
     most_fallbacks: see `Run.check`. offload: folder for hidden states. log: told of each block.
+    Raises BellbitError for too little text, and if the model's logits are not what `divergence` takes them for.
     """
     model, family = blocks.model, blocks.family
     bf16, effort, every = bf16_pays(device), efforts(settings), blocks.all
     if shapes is None:
         shapes = linear_shapes(model, family)
+    if takes_whole(settings, shapes):
+        check_head(model, windows)
     # in epochs of reconstruction of the demo model
     costs = (
         0.6 * mixes_widths(settings, shapes),
@@ -79,18 +83,19 @@ def climb(
     states = saved.tensor("teacher", listen) if effort.distilled else None
     stream = BlockStream(model, every, pieces, device, TOGETHER, bf16, offload)
     targets = stream.copy("targets")
-    plan = _plan(pieces, effort.blocks, own_pace.blocks, seed * len(every) * 2 * effort.blocks)
+    offset = family.norm_offset
+    plan = _plan(pieces, effort.blocks, own_pace.blocks, seed * len(every) * 2 * effort.blocks, offset)
     run, front = _quantize_blocks(
         stream, targets, blocks, settings, widths, plan, blockwise, saved, most_fallbacks, log
     )
     if effort.whole:
         model.to(device)
     if effort.tail:
-        plan = _plan(pieces, effort.tail, own_pace.tail, seed * effort.tail)
+        plan = _plan(pieces, effort.tail, own_pace.tail, seed * effort.tail, offset)
         _train_tail(stream, front, targets, blocks, pieces.to(device), plan, together, saved)
     del stream, front, targets  # three sets of hidden states
     if states is not None:
-        plan = _plan(whole_pieces, effort.distilled, own_pace.distilled, seed * effort.distilled)
+        plan = _plan(whole_pieces, effort.distilled, own_pace.distilled, seed * effort.distilled, offset)
         told = _telling(whole, "distillation")
         distill(model, model, whole_pieces.to(device), states.to(device), plan, bf16, told, saved)
     if effort.whole:
@@ -124,8 +129,10 @@ def _telling(progress: Progress, what: str) -> Callable[[float, float], None]:
     return lambda done, least: progress(done, f"{what}, divergence {least:.3f}")
 
 
-def _plan(pieces: Tensor, epochs: int, rates: Rates, seed: int) -> Plan:
-    return Plan(len(pieces), max(1, len(pieces) // HELD_BACK), epochs, rates, seed)
+def _plan(pieces: Tensor, epochs: int, rates: Rates, seed: int, norm_offset: float) -> Plan:
+    if epochs and len(pieces) < 2:
+        raise BellbitError("one piece of text is too few, as one is held back from training; give more --samples")
+    return Plan(len(pieces), max(1, len(pieces) // HELD_BACK), epochs, rates, seed, norm_offset)
 
 
 def _in_pieces(windows: Tensor, tokens: int) -> Tensor:
@@ -233,4 +240,6 @@ def _train_tail(
 
 def bf16_pays(device: str) -> bool:
     """Whether products of bfloat16 are faster than those of float32 there."""
-    return torch.cpu._is_avx512_bf16_supported() if device == "cpu" else torch.cuda.is_bf16_supported()
+    if device == "cpu":
+        return torch.cpu._is_avx512_bf16_supported()
+    return torch.cuda.is_bf16_supported(including_emulation=False)

