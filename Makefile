@@ -11,7 +11,7 @@ demo: $(VENV)/.runtime
 	$(BIN)/bellbit demo demo-out
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 8 --dist loadfile -m "slow or not slow" --durations=5
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder -m "slow or not slow" --durations=5
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -5,6 +5,7 @@ import os
 os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton, which torch does at times
 
 import pydoc_data.topics
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,13 @@ from bellbit.ptq import sampling
 from bellbit.ptq.families import family_of
 
 torch.set_num_threads(1)  # the models are so small that a second thread only costs
+
+
+def pytest_collection_modifyitems(items):
+    """Files with most slow tests first: whole files are dealt out to processes, and none shall get a long one last."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
+
 
 VOCABULARY = 258  # the bytes, <s>, </s>
 PLAIN = {
@@ -164,9 +172,9 @@ def tiny_model(models_dir):
 
 @pytest.fixture(scope="session")
 def english(tmp_path_factory):
-    """A .txt of technical English: Python's own help texts."""
+    """A .txt of technical English: of Python's own help texts, as much as is tokenized in no time."""
     path = tmp_path_factory.mktemp("text") / "english.txt"
-    path.write_text("\n\n".join(pydoc_data.topics.topics[key] for key in sorted(pydoc_data.topics.topics)))
+    path.write_text("\n\n".join(pydoc_data.topics.topics[key] for key in sorted(pydoc_data.topics.topics))[:60_000])
     return path
 
 

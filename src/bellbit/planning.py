@@ -118,6 +118,7 @@ def plan(
         moments["the model that writes text"] = item * sizes.parameters - sum(resident.values())
     worst = max(moments, key=lambda moment: moments[moment])
     speed = _speed(bf16, device)
+    host_speed = speed if device == "cpu" else _speed(bf16_pays("cpu"), "cpu")
     return Plan(
         model=model,
         method=method,
@@ -127,7 +128,7 @@ def plan(
         blocks=len(sizes.blocks),
         whole=whole,
         memory={"libraries": libraries, **resident, worst: moments[worst]},
-        seconds=_seconds(sizes, settings, tokens, own, length, chains, speed, trial),
+        seconds=_seconds(sizes, settings, tokens, own, length, chains, speed, host_speed, trial),
         bits_per_weight=bits,
         output_bytes=output,
     )
@@ -229,17 +230,25 @@ def _trial(shape: tuple[int, ...], settings: Settings) -> tuple[float, float]:
 
 
 def _seconds(
-    sizes: _Sizes, settings: Settings, tokens: int, own: int, length: int, chains: int, speed: float, trial: float
+    sizes: _Sizes,
+    settings: Settings,
+    tokens: int,
+    own: int,
+    length: int,
+    chains: int,
+    speed: float,
+    host_speed: float,
+    trial: float,
 ) -> dict[str, float]:
     """By what takes them. own: windows that the model writes, of `length` tokens as all. trial: of the method itself.
 
-    speed: operations a second.
+    speed, host_speed: operations a second on the device, and on the CPU, where text is written and bits are budgeted.
     """
     method = METHODS[settings.method]
     widths = [width for block in sizes.hessians for width in block]
     found = {"forward passes": 2 * sizes.weights * tokens * (chains + 1) / speed}
     if own:
-        found["text of its own"] = WRITING * 2 * sizes.parameters * own * length / speed
+        found["text of its own"] = WRITING * 2 * sizes.parameters * own * length / host_speed
     if method.calibrates:
         found["Hessians"] = sum(tokens * width**2 + 4 / 3 * width**3 for width in widths) / speed
     codes = trial + sum(rows * width**2 for rows, width in sizes.shapes.values()) / speed
@@ -247,7 +256,7 @@ def _seconds(
     if method.climbs:
         if mixes_widths(settings, sizes.shapes):  # one linear after the other, and what follows
             after = sizes.parameters - sizes.weights / 2
-            found["bit budget"] = codes + len(sizes.shapes) * 2 * after * length / speed
+            found["bit budget"] = codes + len(sizes.shapes) * 2 * after * length / host_speed
         effort, share = efforts(settings), min(1.0, TAIL / len(sizes.blocks))
         blockwise = (effort.blocks + share * effort.tail + effort.distilled) * sizes.weights
         head = (effort.tail + effort.distilled) * (sizes.parameters - sizes.weights)

@@ -25,6 +25,8 @@ from bellbit.ptq.resume import Saved, fingerprint
 from bellbit.ptq.stream import BlockStream
 from conftest import CONFIGS, family_named, random_model
 
+BRIEF = effort.Effort(blocks=2, tail=2, distilled=2)
+
 
 def climbed(name="llama", tokens=None, seed=0, saved=None, progress=lambda *_: None, **options):
     model = random_model(CONFIGS[name]())
@@ -37,7 +39,7 @@ def climbed(name="llama", tokens=None, seed=0, saved=None, progress=lambda *_: N
 @pytest.fixture
 def briefly(monkeypatch):
     """`best` with two epochs of each kind."""
-    monkeypatch.setitem(effort.EFFORTS, "best", effort.Effort(blocks=2, tail=2, distilled=2))
+    monkeypatch.setitem(effort.EFFORTS, "best", BRIEF)
 
 
 @pytest.mark.parametrize("name", sorted(CONFIGS))
@@ -194,16 +196,23 @@ def test_windows_are_cut_into_few_pieces(length, count, piece):
     assert torch.equal(found[count - 1 :: count], tokens[:, (count - 1) * piece : count * piece])
 
 
-def test_the_same_seed_gives_the_same_bytes(briefly):
+@pytest.fixture(scope="module")
+def whole():
+    """A run that is not cut off, `briefly`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(effort.EFFORTS, "best", BRIEF)
+        return climbed(effort="best")[0]
+
+
+def test_the_same_seed_gives_the_same_bytes(briefly, whole):
     tensors = []
-    for _ in range(2):
-        model, _ = climbed(effort="best")
+    for model in (whole, climbed(effort="best")[0]):
         tensors.append([t for layer in packed_linears(model).values() for t in layer.packed.tensors.values()])
     assert all(torch.equal(a, b) for a, b in zip(*tensors, strict=True))
 
 
 @pytest.mark.parametrize("stop", [0.2, 0.45, 0.55, 0.63, 0.8, 0.99])
-def test_a_run_cut_off_anywhere_goes_on_to_the_same_bytes(tmp_path, briefly, stop):
+def test_a_run_cut_off_anywhere_goes_on_to_the_same_bytes(tmp_path, briefly, whole, stop):
     class Cut(Exception):
         pass
 
@@ -211,7 +220,6 @@ def test_a_run_cut_off_anywhere_goes_on_to_the_same_bytes(tmp_path, briefly, sto
         if share > stop:
             raise Cut
 
-    expected, _ = climbed(effort="best")
     with pytest.raises(Cut):
         climbed(effort="best", saved=Saved(tmp_path / "partial", {}, False, False), progress=cut)
     done = []
@@ -222,10 +230,10 @@ def test_a_run_cut_off_anywhere_goes_on_to_the_same_bytes(tmp_path, briefly, sto
     )
     assert len(run.errors) == 14
     assert stop < 0.5 or not done, "blocks that are done are not trained again"
-    for name, layer in packed_linears(expected).items():
+    for name, layer in packed_linears(whole).items():
         other = packed_linears(found)[name]
         assert all(torch.equal(a, other.packed.tensors[key]) for key, a in layer.packed.tensors.items())
-    for (_, a), (_, b) in zip(expected.named_parameters(), found.named_parameters(), strict=True):
+    for (_, a), (_, b) in zip(whole.named_parameters(), found.named_parameters(), strict=True):
         assert torch.equal(a, b)
 
 

@@ -118,6 +118,7 @@ def nothing_is_left(folder):
         ({"bpw": 2.4}, "--bpw is of the method bellbit, not of dbellquant"),
         ({"method": "bellbit", "bits": 2 + 1}, "--bits is of the method gptq and rtn, not of bellbit"),
         ({"method": "bellbit", "act_bits": 8}, "--act-bits 8 is not possible; allowed: 16 with the method bellbit"),
+        ({"method": "bellbit", "observer": print}, "there are no figures of the method bellbit"),
         ({"method": "bellbit", "dtype": "bfloat16"}, "--dtype bfloat16 is not possible with the method bellbit"),
         ({"method": "bellbit", "samples": 1, "seq_len": 8, "rungs": ("codes", "blocks")}, "give more --samples"),
         ({"metric": "fisher"}, "--metric fisher is not possible; allowed: hessian, magnitude"),

@@ -103,7 +103,8 @@ def test_memory_that_runs_out_is_told_and_the_run_goes_on(tiny_model, english, t
     assert files(tmp_path / "out") == files(tmp_path / "whole")
 
 
-def _quantize(model, out, text, method, options, started):
+def _quantize(model, out, text, method, options, cache, started):
+    os.environ["BELLBIT_CACHE"] = str(cache)
     started.set()
     bellbit.quantize(model, out, method, calib=text, resume=True, **TEXT, **options)
 
@@ -117,7 +118,7 @@ def test_killed_at_twenty_random_moments_and_resumed(method, options, tiny_model
     def run(out, seconds=None):
         """Start a run, and kill it after so long; without, wait for it. Returns what it took."""
         started = context.Event()
-        arguments = (tiny_model("llama"), out, str(english), method, options, started)
+        arguments = (tiny_model("llama"), out, str(english), method, options, tmp_path / "cache", started)
         process = context.Process(target=_quantize, args=arguments)
         process.start()
         started.wait()
@@ -133,13 +134,13 @@ def test_killed_at_twenty_random_moments_and_resumed(method, options, tiny_model
     run(tmp_path / "first")
     whole = run(tmp_path / "whole")
     generator = random.Random(0)
-    stages = set()
-    for moment in range(20):
-        out = tmp_path / f"cut{moment}"
-        run(out, generator.uniform(0, whole))
-        partial = out.with_name(out.name + ".partial")
-        stages.add(len(list(partial.glob("*.safetensors"))) if partial.exists() else out.exists())
-        if not out.exists():
-            run(out)
+    stages, kills, runs = set(), 0, 0
+    while kills < 20:
+        out, runs = tmp_path / f"cut{runs}", runs + 1
+        while not out.exists():  # the same run again and again
+            run(out, generator.uniform(0, whole))
+            partial = out.with_name(out.name + ".partial")
+            stages.add(len(list(partial.glob("*.safetensors"))) if partial.exists() else out.exists())
+            kills += not out.exists()
         assert files(out) == files(tmp_path / "whole")
     assert len(stages) > 1, "the moments are spread over the run"

@@ -53,7 +53,7 @@ def climb(
     ids (samples, length), the last few held back from training. seed: of the order of the windows. saved: what is done
     is kept there, and not done again. shapes: (out, in) of all linears by full name; looked up if not given.
     most_fallbacks: see `Run.check`. offload: folder for hidden states. log: told of each block.
-    Raises BellbitError for too little text, and if the model's logits are not what `divergence` takes them for.
+    Raises BellbitError if the model's logits are not what `divergence` takes them for.
     """
     model, family = blocks.model, blocks.family
     bf16, effort, every = bf16_pays(device), efforts(settings), blocks.all
@@ -104,6 +104,16 @@ def climb(
     return run
 
 
+def check_text(settings: Settings, windows: Tensor) -> None:
+    """Raise BellbitError if a rung has but one piece of text: it could only train on it or hold it back."""
+    effort = efforts(settings)
+    for epochs, tokens in ((effort.blocks + effort.tail, PIECE), (effort.distilled, DISTILLED_PIECE)):
+        if epochs and len(_in_pieces(windows, tokens)) < 2:
+            raise BellbitError(
+                f"{windows.numel()} tokens are too few to train on and to hold some back; give more --samples"
+            )
+
+
 def takes_whole(settings: Settings, shapes: Mapping[str, Sequence[int]]) -> bool:
     """Whether the model must be in memory whole: to be trained together, or to measure what deserves more bits."""
     return efforts(settings).whole or mixes_widths(settings, shapes)
@@ -130,8 +140,6 @@ def _telling(progress: Progress, what: str) -> Callable[[float, float], None]:
 
 
 def _plan(pieces: Tensor, epochs: int, rates: Rates, seed: int, norm_offset: float) -> Plan:
-    if epochs and len(pieces) < 2:
-        raise BellbitError("one piece of text is too few, as one is held back from training; give more --samples")
     return Plan(len(pieces), max(1, len(pieces) // HELD_BACK), epochs, rates, seed, norm_offset)
 
 

@@ -39,7 +39,7 @@ from bellbit.ptq.blocks import Blocks, BlocksFromFiles, check_finite, skeleton
 from bellbit.ptq.discover import discover
 from bellbit.ptq.effort import EFFORTS, own_windows
 from bellbit.ptq.families import FAMILIES, Family, check_foldable, family_of
-from bellbit.ptq.ladder import bf16_pays, climb, takes_whole
+from bellbit.ptq.ladder import bf16_pays, check_text, climb, takes_whole
 from bellbit.ptq.loop import FALLBACK_LIMIT, Observer, Progress, Run, linear_shapes, quantize_model
 from bellbit.ptq.methods import METHODS, Settings
 from bellbit.ptq.resume import Saved, fingerprint
@@ -122,6 +122,8 @@ def quantize(
     started = time.perf_counter()
     settings = Settings(method, **options)
     check_samples(samples)
+    if observer is not None and METHODS[method].climbs:
+        raise BellbitError(f"there are no figures of the method {method}; leave out --figures")
     target = check_output(out, overwrite, str(model))
     device, dtype = computing(settings, device, dtype)
     team = processes()
@@ -157,6 +159,8 @@ def quantize(
         # where windows are held back from training, none may overlap
         with team.main_process_first():  # the others read what it has cached
             windows = _calibration(counts, tokenizer, seq_len, seed, METHODS[method].climbs, writer, written)
+        if METHODS[method].climbs:
+            check_text(settings, windows)
         calibration = {"source": calib, "samples": samples, "own": own, "seq_len": seq_len, "seed": seed}
         calibration["sha256"] = hashlib.sha256(windows.numpy().tobytes()).hexdigest()
     versions = {"bellbit": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
