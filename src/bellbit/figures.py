@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bellbit.comparing import NONE, Row, by_method
 from bellbit.errors import BellbitError
-from bellbit.ptq.loop import GroupRecord
+from bellbit.ptq.run import GroupRecord
 
 BLOCK = 128  # columns that share two bells
 BEFORE, AFTER, TARGET = "#7f8c8d", "#1f77b4", "#d62728"

@@ -24,7 +24,7 @@ from bellbit.ptq.budget import mixes_widths, widths_alike
 from bellbit.ptq.effort import PIECE, TAIL, efforts
 from bellbit.ptq.families import FAMILIES, check_foldable, family_of
 from bellbit.ptq.ladder import bf16_pays
-from bellbit.ptq.loop import linear_shapes, weight_of
+from bellbit.ptq.layers import linear_shapes, weight_of
 from bellbit.ptq.methods import METHODS, Settings, bits_of_levels
 from bellbit.ptq.quantize import check_samples, computing, original, reads_whole, sources
 from bellbit.ptq.sampling import SELF

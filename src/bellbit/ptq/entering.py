@@ -24,8 +24,9 @@ from bellbit.ptq.families import (
     shared_by_heads,
 )
 from bellbit.ptq.latent import LatentLinear
-from bellbit.ptq.loop import Run, relative_error, weight_of
+from bellbit.ptq.layers import relative_error, weight_of
 from bellbit.ptq.methods import Settings, bits_of_levels
+from bellbit.ptq.run import Run
 from bellbit.ptq.stream import BlockStream, ignore
 
 HESSIAN_PIECES = 128  # at most; what training starts from need not know all

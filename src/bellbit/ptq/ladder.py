@@ -23,10 +23,11 @@ from bellbit.ptq.effort import DISTILLED_PIECE, FIRST_BLOCKS, HELD_BACK, PIECE, 
 from bellbit.ptq.entering import enter
 from bellbit.ptq.fit import Plan, Rates, is_norm
 from bellbit.ptq.latent import LatentLinear, latent_linears
-from bellbit.ptq.loop import Log, Progress, Run, layers_of, linear_shapes, put_back
+from bellbit.ptq.layers import layers_of, linear_shapes, put_back
 from bellbit.ptq.methods import Settings
 from bellbit.ptq.reconstruct import reconstruct
 from bellbit.ptq.resume import Saved
+from bellbit.ptq.run import Log, Progress, Run
 from bellbit.ptq.stream import BlockStream, ignore
 
 TOGETHER = 8  # pieces that go through a block at once where nothing is trained

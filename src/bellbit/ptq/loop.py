@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,90 +16,22 @@ from torch import Tensor, nn
 from bellbit.core.activations import windows_at_once
 from bellbit.core.hessian import inverse_factor, unknown_factor
 from bellbit.core.ltdb import SMALLEST_SCALE, learn_column_scales
-from bellbit.errors import BellbitError
-from bellbit.packed.linear import PackedLinear, packed_linears
-from bellbit.packed.tensor import PackedTensor
+from bellbit.packed.linear import PackedLinear
 from bellbit.processes import owners, processes, sent, told
 from bellbit.ptq.blocks import Blocks
 from bellbit.ptq.collect import group_hessians, input_maxima
-from bellbit.ptq.families import Family, InputGroup, by_norm, fold_column_scales, linear_names
+from bellbit.ptq.families import Family, InputGroup, by_norm, fold_column_scales
+from bellbit.ptq.layers import layers_of, put_back, relative_error, weight_of
 from bellbit.ptq.methods import METHODS, Settings
 from bellbit.ptq.resume import Saved
+from bellbit.ptq.run import GroupRecord, Log, Observer, Progress, Run
 from bellbit.ptq.stream import BlockStream
-
-Progress = Callable[[float, str], None]  # share done (0 … 1), what is being done
 
 BROKEN, UNSEEN = "broken", "unseen"  # why a linear is rounded plainly: its Hessian, or too few tokens for one
 FALLBACK_LIMIT = 0.05  # share of linears with Hessians beyond repair above which a run is given up
 
 # Where a block's time goes, measured on the demo model; only the progress bar depends on it.
 SHARES = {"maxima": 0.25, "hessians": 0.40, "quantize": 0.15, "propagate": 0.20}
-
-
-@dataclass
-class GroupRecord:
-    """What happened to one group of linears that share an input; for reports and figures.
-
-    block, blocks: index of the decoder block and their number. before: weights by linear, as they came.
-    act_absmax: input maxima before T (in,). scales: T (in,), if any. packed: the results.
-    errors: relative output error by linear, tr(ΔHΔᵀ)/tr(WHWᵀ), or without a Hessian ‖Δ‖²/‖W‖².
-    """
-
-    block: int
-    blocks: int
-    group: InputGroup
-    before: dict[str, Tensor]
-    act_absmax: Tensor | None = None
-    scales: Tensor | None = None
-    packed: dict[str, PackedTensor] = field(default_factory=dict)
-    errors: dict[str, float] = field(default_factory=dict)
-
-
-Observer = Callable[[GroupRecord], None]
-
-
-@dataclass
-class Run:
-    """What a run over a model did. errors: as in GroupRecord, by full module name. bits, nominal, seconds: likewise;
-    stored bits per weight, as papers count them, and what the linear took; where a block is trained, its share of that.
-
-    fallbacks: linears that were rounded plainly because their Hessian was beyond repair, or, of an expert, that too few
-    tokens reached; beyond_repair: how many of them the first.
-    algorithm_seconds: spent outside the model's own forward passes and the accumulation of Hessians.
-    """
-
-    errors: dict[str, float] = field(default_factory=dict)
-    bits: dict[str, float] = field(default_factory=dict)
-    nominal: dict[str, float] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
-    fallbacks: list[str] = field(default_factory=list)
-    beyond_repair: int = 0
-    algorithm_seconds: float = 0.0
-
-    def add(self, block: str, other: Run) -> None:
-        """What was done to the block of that name, whose linears `other` has without it."""
-        for what in ("errors", "bits", "nominal", "seconds"):
-            getattr(self, what).update({f"{block}.{linear}": x for linear, x in getattr(other, what).items()})
-        self.fallbacks += [f"{block}.{linear}" for linear in other.fallbacks]
-        self.beyond_repair += other.beyond_repair
-        self.algorithm_seconds += other.algorithm_seconds
-
-    def fall_back(self, linears: tuple[str, ...], broken: bool) -> None:
-        """Count linears that are rounded plainly. broken: their Hessian is beyond repair, not missing."""
-        self.fallbacks += linears
-        self.beyond_repair += len(linears) * broken
-
-    def check(self, most: float) -> None:
-        """Raise BellbitError if more than `most` linears had Hessians beyond repair."""
-        if self.beyond_repair > most:
-            raise BellbitError(
-                f"the Hessians of {self.beyond_repair} linears cannot be repaired by damping, the last that of "
-                f"{self.fallbacks[-1]}; the calibration text is too uniform or the model broken: give other text, or "
-                "--allow-fallbacks to round them plainly"
-            )
-
-
-Log = Callable[[str, Run], None]  # told of a block, by its name, and what was done to it
 
 
 @torch.no_grad()
@@ -173,28 +105,6 @@ def quantize_model(
     return run
 
 
-def layers_of(block: nn.Module) -> dict[str, dict[str, Any]]:
-    """What makes the packed linears of a block again, but for their tensors, by name."""
-    return {
-        name: {
-            "shape": [layer.out_features, layer.in_features],
-            "layout": layer.layout,
-            "options": layer.options,
-            "act_bits": layer.act_bits,
-            "act_scope": layer.act_scope,
-            "round_output": layer.round_output,
-        }
-        for name, layer in packed_linears(block).items()
-    }
-
-
-def put_back(block: nn.Module, tensors: dict[str, Tensor], layers: dict[str, dict[str, Any]]) -> None:
-    """Make a block what it was when `tensors`, its state dict, and `layers`, see `layers_of`, were kept."""
-    for linear, arguments in layers.items():
-        block.set_submodule(linear, PackedLinear(**arguments, bias=tensors.get(f"{linear}.bias")))
-    block.load_state_dict(tensors)
-
-
 def _fold(
     block: nn.Module,
     records: list[GroupRecord],
@@ -247,18 +157,6 @@ def _timed(run: Run) -> Iterator[None]:
 def _record(block: nn.Module, group: InputGroup, index: int, count: int, observer: Observer | None) -> GroupRecord:
     keep = group.linears if observer else ()
     return GroupRecord(index, count, group, {name: weight_of(block, name).clone() for name in keep})
-
-
-def weight_of(block: nn.Module, linear: str) -> Tensor:
-    """The weight of a linear of a block or model, (out, in)."""
-    weight = block.get_submodule(linear).weight
-    assert isinstance(weight, Tensor)
-    return weight.detach()
-
-
-def linear_shapes(model: Any, family: Family) -> dict[str, torch.Size]:
-    """(out, in) of the linears that are quantized, by full name, in the order of `linear_names`."""
-    return {name: weight_of(model, name).shape for name in linear_names(model, family)}
 
 
 def _column_scales(block: nn.Module, groups: list[InputGroup], act_absmax: Tensor, settings: Settings) -> Tensor:
@@ -353,13 +251,3 @@ def _quantize_linears(
                 "seconds": time.perf_counter() - started,
             }
     return words
-
-
-def relative_error(weight: Tensor, quantized: Tensor, hessian: Tensor | None) -> float:
-    """As GroupRecord says; 0 where there is nothing to lose."""
-
-    def power(w: Tensor) -> float:
-        return float(w.square().sum() if hessian is None else ((w @ hessian) * w).sum())
-
-    whole = power(weight)
-    return power(weight - quantized) / whole if whole > 0 else 0.0

@@ -40,9 +40,11 @@ from bellbit.ptq.discover import discover
 from bellbit.ptq.effort import EFFORTS, own_windows
 from bellbit.ptq.families import FAMILIES, Family, check_foldable, family_of
 from bellbit.ptq.ladder import bf16_pays, check_text, climb, takes_whole
-from bellbit.ptq.loop import FALLBACK_LIMIT, Observer, Progress, Run, linear_shapes, quantize_model
+from bellbit.ptq.layers import linear_shapes
+from bellbit.ptq.loop import FALLBACK_LIMIT, quantize_model
 from bellbit.ptq.methods import METHODS, Settings
 from bellbit.ptq.resume import Saved, fingerprint
+from bellbit.ptq.run import Observer, Progress, Run
 from bellbit.ptq.sampling import SELF, sampled_windows
 
 LOG = "quantize_log.jsonl"  # in OUT.partial, until it is done

@@ -22,7 +22,7 @@ from bellbit.packed.linear import packed_linears
 from bellbit.packed.save import check_output, quantization_config, round_unquantized, save_checkpoint
 from bellbit.packed.tensor import mean_over_weights
 from bellbit.processes import processes
-from bellbit.ptq.loop import Progress
+from bellbit.ptq.run import Progress
 from bellbit.qat.layers import QuantLinear, code_entropy, convert, prepare
 from bellbit.qat.presets import preset as find_preset
 from bellbit.qat.settings import Resolved, Settings, check_tracker, keep, resolve
