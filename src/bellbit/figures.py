@@ -116,6 +116,7 @@ def draw_map(rows: Sequence[Row], text: str, path: Path) -> None:
         axis.scatter(bits, found, color=AFTER if ours else BEFORE, zorder=3 if ours else 2)
         axis.annotate(method, (bits[0], found[0]), (4, 4), textcoords="offset points", fontsize="small")
     axis.set(xlabel="stored bits per quantized weight", ylabel=f"perplexity on {text}", yscale="log")
+    axis.margins(x=0.15)  # names stand to the right of their points
     if axis.get_legend_handles_labels()[0]:  # the line
         axis.legend(fontsize="small")
     figure.savefig(path, dpi=110)
