@@ -69,10 +69,14 @@ def test_a_packed_product_is_that_of_the_dense_weight(method, layer, dtype, act_
     packed = quantized(method, weight, inputs)
     x = inputs.to(dtype)
     found = kernels.linear(x, packed, None, act_bits, "token")
-    wanted = quantize_activations(x, act_bits).double() @ packed.dequantize().double().t()
-    scale = float((quantize_activations(x, act_bits).double().abs() @ packed.dequantize().double().abs().t()).max())
+    values, rounded = packed.dequantize().double(), quantize_activations(x, act_bits).double()
+    wanted = rounded @ values.t()
+    scale = float((rounded.abs() @ values.abs().t()).max())
     assert found.dtype == dtype and found.shape == wanted.shape
-    assert float((found.double() - wanted).abs().max()) <= NEAR[dtype] * scale + 1e-30
+    error = (found.double() - wanted).abs()
+    empty = ~values.any(dim=1)  # uniform grids have scale 1 there, and kernels take codes from the grid's middle
+    assert float(error.masked_fill(empty, 0).max()) <= NEAR[dtype] * scale + 1e-30
+    assert float(error.masked_fill(~empty, 0).max()) <= 1e-6 * float(rounded.abs().sum(dim=1).max())  # measured: 3e-8
 
 
 @EXAMPLES

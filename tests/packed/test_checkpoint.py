@@ -149,6 +149,7 @@ def test_inspection_refuses_folders_whose_json_is_broken(copy):
     with pytest.raises(BellbitError, match=r"cannot read .*config\.json"):
         inspect(locate(str(copy)))
     (copy / "config.json").write_text("{}")
+    (copy / "model.safetensors").unlink()
     (copy / "model.safetensors.index.json").write_text('{"weights": {}}')
     with pytest.raises(BellbitError, match=r"index\.json has no weight_map"):
         inspect(locate(str(copy)))

@@ -142,18 +142,27 @@ def test_golden_bytes_of_codebook2():
     assert eight.dequantize().tolist() == expected
 
 
-@pytest.mark.parametrize("method", ["arb", "arb-x", "arb-rc", "pb-llm", "bellbit"])
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("arb", {}), ("arb-x", {}), ("arb-rc", {}), ("arb-rc", {"bitmap": False}), ("pb-llm", {}), ("bellbit", {})],
+)
 @pytest.mark.parametrize("columns", [7, 128, 200])
-def test_rivals_are_the_same_after_storage_and_every_byte_counts(method, columns):
+def test_rivals_are_the_same_after_storage_and_every_byte_counts(method, options, columns):
     x = torch.randn(300, columns, generator=torch.Generator().manual_seed(1))
-    for bitmap in (True, False):
-        packed = quantize_weight(weight_of(12, columns), x.t() @ x, method, bitmap=bitmap)
-        dense = packed.dequantize()
-        assert dense.shape == (12, columns)
-        again = LAYOUTS[packed.layout].build(packed.shape, packed.options, packed.tensors)
-        assert torch.equal(again.dequantize(), dense)
-        stored = sum(tensor.nbytes for tensor in packed.tensors.values())
-        assert packed.bits_per_weight == pytest.approx(8 * stored / dense.numel())
+    packed = quantize_weight(weight_of(12, columns), x.t() @ x, method, **options)
+    dense = packed.dequantize()
+    assert dense.shape == (12, columns)
+    again = LAYOUTS[packed.layout].build(packed.shape, packed.options, packed.tensors)
+    assert torch.equal(again.dequantize(), dense)
+    stored = sum(tensor.nbytes for tensor in packed.tensors.values())
+    assert packed.bits_per_weight == pytest.approx(8 * stored / dense.numel())
+
+
+@pytest.mark.parametrize("bpw", [1.5, 2.0, 2.07, 3.0, 4.0])
+def test_one_weight_alone_stays_within_the_limit_too(bpw):
+    x = torch.randn(300, 256, generator=torch.Generator().manual_seed(1))
+    packed = quantize_weight(weight_of(128, 256), x.t() @ x, "bellbit", bpw=bpw)
+    assert bpw - 1 < packed.bits_per_weight <= bpw
 
 
 def test_rowcolumn_by_hand():

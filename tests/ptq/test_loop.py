@@ -137,9 +137,9 @@ def test_column_scales_lower_the_error_of_the_first_block():
     assert errors["learn"] < errors["off"]
 
 
-@pytest.mark.parametrize("method", ["billm", "bellbit"])
+@pytest.mark.parametrize(("method", "own"), [("billm", {}), ("bellbit", {"effort": "fast"})])
 def test_more_than_a_twentieth_of_linears_with_hessians_beyond_repair_are_refused(
-    method, monkeypatch, tiny_model, english, tmp_path
+    method, own, monkeypatch, tiny_model, english, tmp_path
 ):
     calls = []
 
@@ -154,7 +154,7 @@ def test_more_than_a_twentieth_of_linears_with_hessians_beyond_repair_are_refuse
         calls.clear()
         return bellbit.quantize(
             tiny_model("llama"), tmp_path / "out", method, calib=str(english), samples=4, seq_len=64, overwrite=True,
-            effort="fast", **options,
+            **own, **options,
         )  # fmt: skip
 
     with pytest.raises(
