@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from bellbit import quantize_weight
 from bellbit.core.binarize import BinarizedBlock, reconstruct_block
 from bellbit.core.braq import braq
+from bellbit.core.grid import ERRORS
 from bellbit.core.partial import PartialBlock
 from bellbit.core.rowcolumn import RowColumnBlock
 from bellbit.core.uniform import UniformGroup, quantize_uniform
@@ -158,11 +159,15 @@ def test_rivals_are_the_same_after_storage_and_every_byte_counts(method, options
     assert packed.bits_per_weight == pytest.approx(8 * stored / dense.numel())
 
 
-@pytest.mark.parametrize("bpw", [1.5, 2.0, 2.07, 3.0, 4.0])
-def test_one_weight_alone_stays_within_the_limit_too(bpw):
+@pytest.mark.parametrize(("bpw", "width"), [(1.125, 1), (1.5, 1), (2.0, 1), (2.07, 2), (3.0, 2), (4.0, 3)])
+def test_one_weight_alone_stays_within_the_limit_too(bpw, width):
     x = torch.randn(300, 256, generator=torch.Generator().manual_seed(1))
-    packed = quantize_weight(weight_of(128, 256), x.t() @ x, "bellbit", bpw=bpw)
-    assert bpw - 1 < packed.bits_per_weight <= bpw
+    weight = weight_of(128, 256)
+    packed = quantize_weight(weight, x.t() @ x, "bellbit", bpw=bpw)
+    assert packed.nominal_bits == width and packed.bits_per_weight <= bpw
+    rest = weight - packed.dequantize()
+    lost, whole = (float(((w @ (x.t() @ x)) * w).sum()) for w in (rest, weight))
+    assert lost < 1.1 * ERRORS[width] * whole  # a bell's, and compensation gains more
 
 
 def test_rowcolumn_by_hand():

@@ -193,8 +193,8 @@ def _sign(weight: Tensor, factor: InverseFactor | None, settings: Settings) -> P
 
 
 def _grid(weight: Tensor, factor: InverseFactor | None, settings: Settings) -> PackedTensor:
-    fitting = [b for b in STEPS if bits_of_levels(weight.shape, b, settings.bpw) <= settings.bpw]
-    width = max(fitting, default=1)
+    widths = STEPS if settings.bpw > ALL_SIGNS else ()
+    width = max((b for b in widths if bits_of_levels(weight.shape, b, settings.bpw) <= settings.bpw), default=1)
     return pack_levels(*first_codes(weight, factor if settings.compensate else None, width), width, settings.bpw)
 
 
