@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from bellbit.errors import BellbitError
 from bellbit.exporting import export_gguf
 from bellbit.loading import load_model, locate
 from bellbit.packed.gguf_export import export
-from bellbit.packed.gguf_tokenizer import _split_rule
+from bellbit.packed.gguf_tokenizer import _split_rule, add_tokenizer
 from bellbit.packed.gguf_types import TYPES, choose, pack_q6_k
 from bellbit.packed.hf import _input_quantizer
 from bellbit.packed.linear import packed_linears
@@ -214,6 +215,8 @@ def test_what_cannot_be_exported_says_why(checkpoint, tiny_model, tmp_path):
     next(iter(packed_linears(trained).values())).input_quantizer = _input_quantizer("bbq:2")
     with pytest.raises(BellbitError, match=r"'model.layers.0.self_attn.q_proj' has its inputs quantized .* by bbq:2"):
         export(trained, tokenizer, tmp_path / "model.gguf")
+    with pytest.raises(BellbitError, match=r"a SimpleNamespace has no tokenizer\.json and cannot be exported"):
+        add_tokenizer(None, SimpleNamespace(), 3)
     assert not list(tmp_path.glob("*.gguf")) and not list(tmp_path.glob(".*"))
 
 

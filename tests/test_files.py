@@ -2,6 +2,8 @@
 
 import pytest
 
+from bellbit.errors import BellbitError
+from bellbit.fetch import cache_dir
 from bellbit.files import beside, write_text
 
 
@@ -31,3 +33,10 @@ def test_a_file_left_by_a_killed_process_is_not_taken_for_one(tmp_path):
     assert not file.exists()
     write_text(file, "{}")
     assert file.read_text() == "{}"
+
+
+def test_a_cache_that_cannot_be_made_is_told(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("BELLBIT_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(BellbitError, match=r"cannot make .*cache: .*; set BELLBIT_CACHE to another folder"):
+        cache_dir()

@@ -73,3 +73,9 @@ def test_memory_of_a_gpu_is_said_to_be_in_the_sum(tiny_model):
 def test_without_a_plan_out_must_be_given(tiny_model):
     done = CliRunner().invoke(app, ["quantize", str(tiny_model("llama"))])
     assert isinstance(done.exception, BellbitError) and "Missing OUT" in str(done.exception)
+
+
+def test_there_is_no_plan_for_an_architecture_that_must_be_run_to_be_known(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "bloom"}')
+    with pytest.raises(BellbitError, match="no plan for the unknown architecture 'bloom': its linears are found by"):
+        plan(str(tmp_path), allow_unknown=True)

@@ -8,7 +8,10 @@ import time
 import pytest
 
 import bellbit
+from bellbit.errors import BellbitError
 from bellbit.exporting import export_gguf
+from bellbit.loading import locate
+from bellbit.serving import serve
 
 openai = pytest.importorskip("openai")
 
@@ -64,3 +67,8 @@ def test_a_taken_port_is_named(tiny_model):
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 2
     assert f"cannot listen on 127.0.0.1:{port}" in done.stderr and "give another --port" in done.stderr
+
+
+def test_an_address_of_another_machine_is_told_from_a_taken_port(tiny_model):
+    with pytest.raises(BellbitError, match=r"cannot listen on 203\.0\.113\.1:8000: .*; give another --host"):
+        serve(locate(str(tiny_model("llama"))), "203.0.113.1", 8000)

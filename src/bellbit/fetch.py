@@ -40,7 +40,7 @@ _ANY_PLATFORM = ["--platform", "manylinux_2_28_x86_64", "--python-version", "3.1
 def cache_dir() -> Path:
     """`$BELLBIT_CACHE`, else `bellbit` in the user's cache directory. Created if missing.
 
-    Raises BellbitError if it cannot be written to.
+    Raises BellbitError if it cannot be made.
     """
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     path = Path(os.environ.get("BELLBIT_CACHE") or Path(base) / "bellbit")

@@ -34,8 +34,6 @@ Ltdb = Literal["auto", "learn", "smooth", "off"]
 Effort = Literal["fast", "balanced", "best"]
 ALL_SIGNS = 1.125  # --bpw that asks for one sign a weight, as llama.cpp's Q1_0 stores it
 RUNGS = ("text", "budget", "columns", "codes", "blocks", "tail", "distill")  # of the method bellbit, see docs/method.md
-
-
 # Options that decide what is stored, and the methods that read them: no other may be given them.
 OWN_OPTIONS = {
     "bits": ("gptq", "rtn"),
