@@ -7,7 +7,8 @@ from triton.compiler import ASTSource
 from bellbit.kernels import triton as kernels
 
 CASES = [(80, "bf16"), (90, "bf16"), (90, "fp32")]  # compute capability, and what x is
-SCALAR = {"tokens", "rows", "columns", "row_bytes", "twice_zero_x", "twice_zero_w", "block_size", "blocks"}
+SCALAR = {"tokens", "rows", "columns", "row_bytes", "twice_zero_x", "twice_zero_w"}
+SCALAR |= {"block_size", "blocks", "group_size", "groups"}
 
 
 def compiled(kernel, target, pointers, **constants):
@@ -37,6 +38,9 @@ def main():
                 compiled(kernels._multiply, target, stored, HAS_BIAS=True, WIDTH_X=width, WIDTH_W=width, **tile)
         few = {"x": x, "y": x, "bias": "fp32"}
         compiled(kernels._sign128, target, few | {"blocks": "u8"}, HAS_BIAS=True, ROWS=32)
+        planes = few | {"codes": "u8", "steps": "u8", "octaves": "fp32"}
+        for width in (1, 3):
+            compiled(kernels._symmetric, target, planes, HAS_BIAS=True, ROWS=32, WIDTH=width, COLUMNS=128)
         for wide, scales in (
             (True, {"scales": "fp16", "exponents": "fp16"}),
             (False, {"scales": "i8", "exponents": "u8"}),

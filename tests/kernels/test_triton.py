@@ -19,7 +19,7 @@ from bellbit.core.hadamard import hadamard
 from bellbit.kernels import reference
 from bellbit.kernels import triton as kernels
 from bellbit.packed.codebook2 import Codebook2
-from bellbit.packed.planes import Bellbox, Sign128, unpack_codes
+from bellbit.packed.planes import Bellbox, Sign128, Symmetric, unpack_codes
 from bellbit.qat import convert, prepare
 
 SHAPES = [(1, 128), (5, 200), (33, 7), (3, 383), (40, 300), (2, 1)]
@@ -74,6 +74,11 @@ def sign128(rows, columns):
     return Sign128.pack(torch.rand(rows, columns) < 0.5, torch.rand(rows, -(-columns // 128)))
 
 
+def symmetric(rows, columns, width, group_size=128):
+    levels = torch.randint(0, 2**width, (rows, columns)) - (2**width - 1) / 2
+    return Symmetric.pack(levels, torch.rand(rows, -(-columns // group_size)) + 0.01, width, group_size)
+
+
 def codebook2(rows, columns, block_size, scale_bits):
     weight, salient = torch.randn(rows, columns), torch.rand(columns) < 0.2
     parts = [
@@ -88,6 +93,9 @@ WEIGHTS = [
     sign128(40, 256),
     sign128(7, 200),
     sign128(3, 5),
+    symmetric(40, 256, 1),
+    symmetric(33, 200, 3),
+    symmetric(5, 70, 7, 48),
     codebook2(33, 256, 128, 16),
     codebook2(5, 300, 128, 8),
     codebook2(9, 130, 48, 16),
@@ -108,6 +116,13 @@ def test_few_tokens_times_a_packed_weight(weight, tokens, dtype, act_bits):
         error = largest_error(kernels.linear(x, weight, offset, act_bits), expected)
         assert error <= TOLERANCE + rounding
     assert not kernels.supports(x.expand(17, *x.shape), weight)
+
+
+def test_what_the_kernels_cannot_decode_is_left_to_the_reference():
+    x = torch.randn(1, 48)
+    assert not kernels.supports(x, symmetric(2, 48, 8))  # twice a level is up to 255
+    assert not kernels.supports(x, symmetric(2, 48, 2, 24))
+    assert not kernels.supports(x, codebook2(2, 48, 24, 16))
 
 
 @pytest.mark.parametrize("activations", ["bbq:2", "bbq-fast:4"])

@@ -1,5 +1,5 @@
 """Kernels for NVIDIA GPUs in Triton: codes of activations, their product with a weight's codes, and few tokens times
-`sign128` and `codebook2`. Imported only where a tensor lies on a GPU, or by tests in Triton's interpreter.
+`sign128`, `symmetric` and `codebook2`. Imported only where a tensor lies on a GPU, or by tests in Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from bellbit.core import bellbox
 from bellbit.core.activations import Scope, quantize_activations
 from bellbit.packed.bits import packed_width
 from bellbit.packed.codebook2 import Codebook2
-from bellbit.packed.planes import Bellbox, Sign128
+from bellbit.packed.planes import Bellbox, Sign128, Symmetric
 from bellbit.packed.tensor import PackedTensor
 
 FEW_TOKENS = 16  # more are multiplied by the unpacked weight: its unpacking is paid once for all of them
@@ -25,7 +25,14 @@ def supports(x: Tensor, weight: PackedTensor) -> bool:
     """Whether `linear` takes these: few tokens, and a layout that it can decode."""
     if x.numel() > FEW_TOKENS * weight.shape[1]:
         return False
-    return isinstance(weight, Sign128) or (isinstance(weight, Codebook2) and weight.block_size % 16 == 0)
+    if isinstance(weight, Symmetric):
+        return weight.width < 8 and _tile(weight.group_size) >= 16  # twice a level is to fit into a byte
+    return isinstance(weight, Sign128) or (isinstance(weight, Codebook2) and _tile(weight.block_size) >= 16)
+
+
+def _tile(size: int) -> int:
+    """How many columns a program takes at once, so that none of its tiles lies in two groups of `size` columns."""
+    return min(128, size & -size)
 
 
 def linear(x: Tensor, weight: PackedTensor, bias: Tensor | None, act_bits: int = 16, scope: Scope = "token") -> Tensor:
@@ -38,13 +45,16 @@ def linear(x: Tensor, weight: PackedTensor, bias: Tensor | None, act_bits: int =
     with torch.cuda.device_of(x):
         if isinstance(weight, Sign128):
             _sign128[grid](flat, weight.blocks, y, rows, columns, weight.blocks.shape[1], *last)
+        elif isinstance(weight, Symmetric):
+            stored = (weight.codes, weight.steps, weight.octaves)
+            sizes = (rows, columns, weight.codes.shape[2], weight.group_size, weight.steps.shape[1])
+            _symmetric[grid](flat, *stored, y, *sizes, *last, weight.width, _tile(weight.group_size))
         else:
             assert isinstance(weight, Codebook2)
             wide = weight.exponents is None
-            tile = min(128, weight.block_size & -weight.block_size)  # no tile lies in two blocks
-            stored = (weight.codes, weight.scales, weight.scales if wide else weight.exponents, weight.salient)
+            parts = (weight.codes, weight.scales, weight.scales if wide else weight.exponents, weight.salient)
             sizes = (rows, columns, weight.codes.shape[1], weight.block_size, weight.scales.shape[1])
-            _codebook2[grid](flat, *stored, y, *sizes, *last, wide, tile)
+            _codebook2[grid](flat, *parts, y, *sizes, *last, wide, _tile(weight.block_size))
     return y.view(*x.shape[:-1], rows)
 
 
@@ -233,6 +243,38 @@ def _sign128(x, blocks, y, rows, columns, row_bytes, bias, HAS_BIAS: tl.constexp
         byte = tl.load(start[:, None] + 2 + (k // 8)[None, :], mask=(row < rows)[:, None] & there[None, :], other=0)
         positive = ((byte.to(tl.int32) >> (k % 8)[None, :]) & 1) != 0
         sums += scale * tl.sum(tl.where(positive, values, -values), axis=1)
+    _store(y, sums, bias, token, row, rows, HAS_BIAS)
+
+
+@triton.jit
+def _symmetric(
+    x,
+    codes,
+    steps,
+    octaves,
+    y,
+    rows,
+    columns,
+    row_bytes,
+    group_size,
+    groups,
+    bias,
+    HAS_BIAS: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    token = tl.program_id(1).to(tl.int64)
+    top = tl.load(octaves)
+    step = tl.load(octaves + 1)
+    sums = tl.zeros((ROWS,), tl.float32)
+    for first in range(0, columns, COLUMNS):
+        k = first + tl.arange(0, COLUMNS)[None, :]
+        values = tl.load(x + token * columns + k, mask=k < columns, other=0.0).to(tl.float32)
+        twice = _levels(codes, row[:, None], rows, k, columns, row_bytes, 2**WIDTH - 1, WIDTH).to(tl.float32)
+        below = tl.load(steps + row * groups + first // group_size, mask=row < rows, other=0).to(tl.float32)
+        sums += 0.5 * tl.exp2(top - step * below) * tl.sum(twice * values, axis=1)
     _store(y, sums, bias, token, row, rows, HAS_BIAS)
 
 
