@@ -129,6 +129,8 @@ def test_divergence_and_its_gradient_are_those_of_the_composed_formula(tokens, c
     (gradient,) = torch.autograd.grad(2 * found, student)
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(gradient, 2 * wanted)
+    with torch.no_grad():
+        assert torch.equal(divergence(student, teacher, head, cap), found)
 
 
 @pytest.mark.parametrize("name", sorted(CONFIGS))
