@@ -35,7 +35,7 @@ def test_every_default_method_is_one():
     [
         ("gptq:bits=3:block-size=64", {"bits": 3, "block_size": 64}, None),
         ("arb-rc:bitmap=no", {"bitmap": False}, None),
-        ("bellbit:bpw=2.4:rungs=columns+codes", {"bpw": 2.4, "rungs": ("columns", "codes")}, None),
+        ("bellbit:bpw=2.4:rungs=text+codes", {"bpw": 2.4, "rungs": ("text", "codes")}, None),
         ("arb:seed=2", {}, 2),
     ],
 )

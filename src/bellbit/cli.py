@@ -120,10 +120,8 @@ def quantize(
     effort: Annotated[str, typer.Option(help="Of bellbit: fast, balanced or best.")] = "balanced",
     rungs: Annotated[
         str, typer.Option(help="Of bellbit: which of its steps to take.")
-    ] = "text,budget,columns,codes,blocks,tail,distill",
-    columns: Annotated[
-        str, typer.Option(help="Of bellbit: start of column scales: rank1, mean, maxima, none.")
-    ] = "rank1",
+    ] = "text,budget,codes,blocks,tail,distill",
+    columns: Annotated[str, typer.Option(help="Of bellbit: fold column scales: rank1, mean, maxima or none.")] = "none",
     bits: Annotated[int, typer.Option(help="Bits per weight of gptq and rtn, 1 to 8.")] = 2,
     act_bits: Annotated[int, typer.Option(help="Bits of activations: 16, 8 or 6.")] = 16,
     block_size: Annotated[int, typer.Option(help="Columns that share scales.")] = 128,

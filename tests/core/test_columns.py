@@ -1,7 +1,9 @@
+from typing import get_args
+
 import pytest
 import torch
 
-from bellbit.core.columns import STARTS, column_scales
+from bellbit.core.columns import Estimate, column_scales
 
 
 def test_columns_that_differ_by_a_factor_alone_become_alike():
@@ -14,11 +16,11 @@ def test_columns_that_differ_by_a_factor_alone_become_alike():
         torch.testing.assert_close(alike, alike[:1].expand_as(alike), rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize("start", STARTS)
-def test_scales_are_positive_with_geometric_mean_one_and_dead_columns_keep_theirs(start):
+@pytest.mark.parametrize("estimate", get_args(Estimate))
+def test_scales_are_positive_with_geometric_mean_one_and_dead_columns_keep_theirs(estimate):
     weight = torch.randn(30, 150, generator=torch.Generator().manual_seed(0))
     weight[:, 7] = 0
-    scales = column_scales(weight, torch.ones(150), start)
+    scales = column_scales(weight, torch.ones(150), estimate)
     assert bool((scales > 0).all())
     assert scales[7] == 1
     assert float(scales.log().mean()) == pytest.approx(0, abs=1e-6)

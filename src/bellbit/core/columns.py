@@ -6,7 +6,7 @@ into what feeds the columns, takes away what the grid cannot follow.
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,29 +15,26 @@ from bellbit.core.compensate import blocks
 from bellbit.core.grid import GROUP
 from bellbit.core.ltdb import EPSILON, initial_scales
 
-Start = Literal["rank1", "mean", "maxima", "none"]
-STARTS: tuple[Start, ...] = get_args(Start)
+Estimate = Literal["rank1", "mean", "maxima"]
 ROUNDS = 8  # of αʳ and αᶜ in turn, which converge like a power iteration
 
 
-def column_scales(weight: Tensor, importance: Tensor, start: Start, group: int = GROUP) -> Tensor:
+def column_scales(weight: Tensor, importance: Tensor, estimate: Estimate, group: int = GROUP) -> Tensor:
     """T for a weight: float32 (in,), positive, with geometric mean 1.
 
     `rank1`: αᶜ of ARB-LLM_RC (arXiv 2410.03129 §3.3), the least squares of Σ h·(|w| − αʳ·αᶜ)², αʳ per row and group.
     `mean`: αᶜ = mean|w| of the column. `maxima`: what LTDB starts from (DBellQuant, arXiv 2507.01027 §3.3),
-    αᶜ = max|w|^(1−ε) / √h^ε with LTDB's ε, the inputs' root mean square for their maximum. `none`: 1.
+    αᶜ = max|w|^(1−ε) / √h^ε with LTDB's ε, the inputs' root mean square for their maximum.
     A column of zeros gets 1.
     weight: (rows, in), of all linears that share the columns. importance: h (in,), mean squares of the inputs.
     """
     size = weight.abs().float()
-    if start == "none":
-        return size.new_ones(size.shape[1])
     column = size.mean(dim=0)
-    if start == "maxima":
+    if estimate == "maxima":
         inputs = importance.float().sqrt()
         started = initial_scales(weight, inputs.where(inputs > 0, 1.0), EPSILON)
         column = torch.where(column > 0, started.reciprocal(), 0.0)
-    if start == "rank1":
+    if estimate == "rank1":
         parts = []
         for part in blocks(size.shape[1], group):
             own, h, alpha = size[:, part], importance[part], column[part]

@@ -84,7 +84,7 @@ def check_head(model: Any, windows: Tensor) -> None:
     if not torch.allclose(found, expected, rtol=0, atol=1e-3 * float(found.abs().max())):
         raise BellbitError(
             f"the logits of a {model.config.model_type!r} are not its last hidden states times its head, which the "
-            "rungs budget, tail and distill take for granted; leave them out with --rungs text,columns,codes,blocks"
+            "rungs budget, tail and distill take for granted; leave them out with --rungs text,codes,blocks"
         )
 
 

@@ -1,6 +1,6 @@
 """What the ladder trains in a decoder block, before it is trained: folded columns, first codes, latents.
 
-docs/method.md explains the rungs `columns` and `codes`.
+docs/method.md explains the option `columns` and the rung `codes`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bellbit.core.columns import Start, column_scales
+from bellbit.core.columns import Estimate, column_scales
 from bellbit.core.grid import first_codes
 from bellbit.core.hessian import inverse_factor
 from bellbit.ptq.blocks import Blocks
@@ -41,7 +41,7 @@ def enter(
     """
     family, config = blocks.family, blocks.model.config
     hessians = group_hessians(stream, block, family, settings, name, ignore, HESSIAN_PIECES)
-    if "columns" in settings.rungs:
+    if settings.columns != "none":
         head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
         fold_columns(block, family, hessians, settings.columns, head_dim)
     run = Run()
@@ -63,7 +63,7 @@ def enter(
 
 
 def fold_columns(
-    block: nn.Module, family: Family, hessians: dict[InputGroup, Tensor], start: Start, head_dim: int
+    block: nn.Module, family: Family, hessians: dict[InputGroup, Tensor], estimate: Estimate, head_dim: int
 ) -> None:
     """Scale the columns of every linear that something exact can be folded into, and `hessians` with them, in place."""
     groups = family.groups_of(block)
@@ -81,14 +81,14 @@ def fold_columns(
 
     for behind in by_norm(groups).values():
         weight = torch.cat([weight_of(block, name) for group in behind for name in group.linears])
-        scales = column_scales(weight, importance(behind), start)
+        scales = column_scales(weight, importance(behind), estimate)
         fold_column_scales(block, behind, scales, family.norm_offset)
         rescale(behind, scales)
     for group in groups:
         if (chain := chains.get(group.linears[0])) is not None:
             weight = weight_of(block, chain[1])
             rows = len(weight_of(block, chain[0]))
-            own = column_scales(*_heads_as_rows(weight, importance([group]), rows, head_dim), start)
+            own = column_scales(*_heads_as_rows(weight, importance([group]), rows, head_dim), estimate)
             fold_along_chain(block, chain, own, head_dim)
             rescale([group], shared_by_heads(own, weight.shape[1], head_dim))
 

@@ -1,4 +1,4 @@
-"""The method `bellbit`: column scales, codes, block reconstruction and distillation, one after the other.
+"""The method `bellbit`: codes, block reconstruction and distillation, one after the other.
 
 docs/method.md explains the rungs. Each can be left out; what is left stands on those before it.
 """

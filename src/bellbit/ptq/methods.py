@@ -13,7 +13,7 @@ from bellbit.core.activations import ACTIVATION_BITS, Scope
 from bellbit.core.arb import alternate, calibrate
 from bellbit.core.binarize import BinarizedBlock
 from bellbit.core.braq import braq
-from bellbit.core.columns import STARTS, Start
+from bellbit.core.columns import Estimate
 from bellbit.core.grid import STEPS, first_codes
 from bellbit.core.hessian import InverseFactor, inverse_factor
 from bellbit.core.ltdb import EPSILON
@@ -33,7 +33,7 @@ from bellbit.ptq.families import Family
 Ltdb = Literal["auto", "learn", "smooth", "off"]
 Effort = Literal["fast", "balanced", "best"]
 ALL_SIGNS = 1.125  # --bpw that asks for one sign a weight, as llama.cpp's Q1_0 stores it
-RUNGS = ("text", "budget", "columns", "codes", "blocks", "tail", "distill")  # of the method bellbit, see docs/method.md
+RUNGS = ("text", "budget", "codes", "blocks", "tail", "distill")  # of the method bellbit, see docs/method.md
 # Options that decide what is stored, and the methods that read them: no other may be given them.
 OWN_OPTIONS = {
     "bits": ("gptq", "rtn"),
@@ -55,7 +55,7 @@ class Settings:
     ltdb: learn column scales, only smooth (T = T⁰), or leave out; `auto` as the published reference does for the
     family. act_scope: one activation step per token or per tensor; `auto` likewise. scale_bits: 16 or 8.
     Of bellbit only: bpw, the most bits per quantized weight, all stored bits counted; effort; rungs, those of RUNGS
-    that are climbed; columns, what column scales start from.
+    that are climbed; columns, which estimate of column scales is folded, if any.
     """
 
     method: str = "dbellquant"
@@ -72,7 +72,7 @@ class Settings:
     bpw: float = 1.125
     effort: Effort = "balanced"
     rungs: tuple[str, ...] = RUNGS
-    columns: Start = "rank1"
+    columns: Estimate | Literal["none"] = "none"
     bitmap: bool = True
 
     def __post_init__(self) -> None:
@@ -90,7 +90,7 @@ class Settings:
         one_of("scale-bits", self.scale_bits, (16, 8))
         one_of("act-scope", self.act_scope, ("auto", *get_args(Scope)))
         one_of("effort", self.effort, get_args(Effort))
-        one_of("columns", self.columns, STARTS)
+        one_of("columns", self.columns, ("none", *get_args(Estimate)))
         for rung in self.rungs:
             one_of("rungs", rung, RUNGS)
         require(ALL_SIGNS <= self.bpw <= 4.125, "bpw", self.bpw, "1.125 to 4.125")
@@ -113,8 +113,7 @@ class Settings:
     def folds(self) -> bool:
         """Whether column scales are folded into norms; `ltdb` must have been resolved."""
         method = METHODS[self.method]
-        climbs = method.climbs and "columns" in self.rungs and self.columns != "none"
-        return climbs or (method.transforms and self.ltdb != "off")
+        return (method.climbs and self.columns != "none") or (method.transforms and self.ltdb != "off")
 
     @property
     def resolved_scope(self) -> Scope:
