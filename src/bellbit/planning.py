@@ -16,14 +16,13 @@ from bellbit.core.grid import GROUP
 from bellbit.core.hessian import accumulate, inverse_factor, new_hessian
 from bellbit.core.ltdb import learn_column_scales
 from bellbit.errors import BellbitError
-from bellbit.loading import compute_dtype, window_length
+from bellbit.loading import bf16_pays, compute_dtype, window_length
 from bellbit.memory import peak_memory
 from bellbit.packed.linears import unfuse
 from bellbit.ptq.blocks import skeleton
 from bellbit.ptq.budget import mixes_widths, widths_alike
 from bellbit.ptq.effort import PIECE, TAIL, efforts
 from bellbit.ptq.families import FAMILIES, check_foldable, family_of
-from bellbit.ptq.ladder import bf16_pays
 from bellbit.ptq.layers import linear_shapes, weight_of
 from bellbit.ptq.methods import METHODS, Settings, bits_of_levels
 from bellbit.ptq.quantize import check_samples, computing, original, reads_whole, sources

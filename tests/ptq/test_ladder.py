@@ -360,26 +360,6 @@ def test_without_the_rung_of_the_budget_nothing_is_measured(monkeypatch):
     assert min(layer.packed.nominal_bits for layer in packed_linears(model).values()) == 2
 
 
-@pytest.mark.parametrize(
-    ("amx", "avx512", "maker", "pays"),
-    [
-        (False, False, "AuthenticAMD", False),
-        (False, True, "AuthenticAMD", True),
-        (True, True, "GenuineIntel", True),
-        (False, True, "GenuineIntel", False),  # a virtual machine that hides AMX
-    ],
-)
-def test_bfloat16_pays_where_the_cpu_has_fast_products_of_it(monkeypatch, tmp_path, amx, avx512, maker, pays):
-    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nvendor_id\t: {maker}\n")
-    monkeypatch.setattr(ladder, "CPU_INFO", tmp_path / "cpuinfo")
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
-    assert ladder.bf16_pays("cpu") == pays
-    monkeypatch.setattr(ladder, "CPU_INFO", tmp_path / "no such file")  # as on systems that are not Linux
-    monkeypatch.setattr(ladder.platform, "processor", lambda: f"Intel64 Family 6, {maker}")
-    assert ladder.bf16_pays("cpu") == pays
-
-
 def test_a_hessian_beyond_repair_falls_back_and_is_told(monkeypatch):
     monkeypatch.setattr(entering, "inverse_factor", lambda h: inverse_factor(-h))
     _, run = climbed(rungs=("codes",))

@@ -6,7 +6,6 @@ docs/method.md explains the rungs. Each can be left out; what is left stands on 
 from __future__ import annotations
 
 import math
-import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from bellbit.errors import BellbitError
+from bellbit.loading import bf16_pays
 from bellbit.packed.linear import PackedLinear
 from bellbit.ptq.blocks import Blocks
 from bellbit.ptq.budget import choose_widths, mixes_widths
@@ -32,7 +32,6 @@ from bellbit.ptq.run import Log, Progress, Run
 from bellbit.ptq.stream import BlockStream, ignore
 
 TOGETHER = 8  # pieces that go through a block at once where nothing is trained
-CPU_INFO = Path("/proc/cpuinfo")
 _TAIL_STEP = "tail"  # name of what is kept
 
 
@@ -247,24 +246,3 @@ def _train_tail(
     told = _telling(progress, f"last {len(every[-TAIL:])} blocks")
     distill(model, tail, pieces, states, plan, stream.bf16, told, front=front)
     saved.keep(_TAIL_STEP, tail.state_dict())
-
-
-def bf16_pays(device: str) -> bool:
-    """Whether products of bfloat16 are faster than those of float32 there.
-
-    On a CPU from what it is, not from a trial, so that a machine always does the same. Intel's have AMX for it, and
-    where a virtual machine hides that, what is left is slow: 182 Gflop/s, where float32 has 342, on two cores of
-    Emerald Rapids (a step of training 84 ms, in float32 60). AMD's Zen 4: 320, and 50 to 90 in float32.
-    """
-    if device == "cpu":
-        amx, avx512 = torch.cpu._is_amx_tile_supported(), torch.cpu._is_avx512_bf16_supported()
-        return amx or (avx512 and not _made_by_intel())
-    return torch.cuda.is_bf16_supported(including_emulation=False)
-
-
-def _made_by_intel() -> bool:
-    try:
-        cpu = CPU_INFO.read_text(errors="replace")
-    except OSError:
-        cpu = platform.processor()  # no more than the architecture on Linux
-    return "GenuineIntel" in cpu

@@ -22,6 +22,7 @@ from bellbit.data import calibration_windows, interleave, load_corpus, shares
 from bellbit.errors import BellbitError, disk_reason
 from bellbit.loading import (
     Location,
+    bf16_pays,
     load_config,
     load_model,
     load_tokenizer,
@@ -39,7 +40,7 @@ from bellbit.ptq.blocks import Blocks, BlocksFromFiles, check_finite, skeleton
 from bellbit.ptq.discover import discover
 from bellbit.ptq.effort import EFFORTS, own_windows
 from bellbit.ptq.families import FAMILIES, Family, check_foldable, family_of
-from bellbit.ptq.ladder import bf16_pays, check_text, climb, takes_whole
+from bellbit.ptq.ladder import check_text, climb, takes_whole
 from bellbit.ptq.layers import linear_shapes
 from bellbit.ptq.loop import FALLBACK_LIMIT, quantize_model
 from bellbit.ptq.methods import METHODS, Settings
