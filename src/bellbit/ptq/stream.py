@@ -90,7 +90,6 @@ class BlockStream:
         """
         self.device, self.batch_size, self.bf16, self._folder = torch.device(device), batch_size, bf16, folder
         self.arguments: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
-        self.runs: dict[nn.Module, int] = dict.fromkeys(blocks, 0)
         self.in_tuple = False  # whether the block that ran last gave a tuple
         self._embed(model, blocks, windows[:1])
         if not all(_broadcasts(t) for call in self.arguments.values() for t in tree_leaves(call)):
@@ -163,7 +162,6 @@ class BlockStream:
         report: told the share of windows done. keep: False when only the hooks on the block's modules matter, which
         may then raise StopBlock. after: called after each batch, in every process as often.
         """
-        self.runs[block] += 1
         call = self.caller(block)
         done = 0
         for batch in hidden.split(self.batch_size):
