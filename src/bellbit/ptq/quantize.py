@@ -31,7 +31,7 @@ from bellbit.loading import (
     resolve_device,
     window_length,
 )
-from bellbit.memory import memory_told, release_memory
+from bellbit.memory import keep_freed_memory, memory_told, release_memory
 from bellbit.packed.linears import unfuse
 from bellbit.packed.save import check_output, quantization_config, round_unquantized, save_checkpoint
 from bellbit.processes import processes
@@ -194,6 +194,8 @@ def quantize(
     ):
         if METHODS[method].climbs:
             assert windows is not None
+            if takes_whole(settings, shapes):  # a block at a time hands memory back instead, see map_large_arrays
+                keep_freed_memory()
             with fast_attention(network, device):
                 run = climb(blocks, settings, windows, device, seed, advance, saved, shapes, most, spilled, log.add)
         else:
