@@ -133,6 +133,11 @@ NB_MODULE(_kernels, m) {
     derivatives_of(latents, bfloat, at<const void>(weights), at<const void>(gradient), floats(to_latents),
                    floats(to_scales), threads);
   });
+  m.def("divergences_of", [](Address teacher, Address student, int64_t rows, int64_t columns, bool slope, Address out,
+                             int threads) {
+    const nb::gil_scoped_release release;
+    divergences_of(floats(teacher), floats(student), rows, columns, slope, floats(out), threads);
+  });
   m.def("available", [] {
     const Kernels* const* list;
     std::vector<std::string> names;

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "codebook.h"
+#include "divergence.h"
 #include "planes.h"
 #include "training.h"
 
@@ -208,7 +209,7 @@ struct Body {
   static constexpr Kernels kernels(const char* name) {
     return {name, PlanesBody<S>::multiply, CodebookBody<S>::multiply, dense, PlanesBody<S>::unpack,
             CodebookBody<S>::unpack, CodebookBody<S>::arrange, widen_row,
-            dot, attend, hadamard, prepare, weights_of, derivatives_of};
+            dot, attend, hadamard, prepare, weights_of, derivatives_of, divergences_of};
   }
 };
 

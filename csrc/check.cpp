@@ -271,6 +271,30 @@ void check_training(const Kernels& k, int64_t rows, int64_t columns, int width, 
             rows * columns);
 }
 
+void check_divergence(const Kernels& k, int64_t rows, int64_t columns) {
+  const size_t count = static_cast<size_t>(rows * columns);
+  std::vector<float> teacher(count), student(count), found(static_cast<size_t>(rows));
+  std::vector<double> want(found.size()), want_slope(count), ones(count, 1.0);
+  for (auto* logits : {&teacher, &student})
+    for (auto& v : *logits) v = 100 * uniform();  // some so low that their share is nothing
+  for (size_t row = 0; row < want.size(); row++) {
+    double sums[2] = {};
+    const auto at = [&](const std::vector<float>& logits, int64_t c) {
+      return static_cast<double>(logits[row * static_cast<size_t>(columns) + static_cast<size_t>(c)]);
+    };
+    for (int64_t c = 0; c < columns; c++) sums[0] += std::exp(at(teacher, c)), sums[1] += std::exp(at(student, c));
+    for (int64_t c = 0; c < columns; c++) {
+      const double p = at(teacher, c) - std::log(sums[0]), q = at(student, c) - std::log(sums[1]);
+      want[row] += std::exp(p) * (p - q);
+      want_slope[row * static_cast<size_t>(columns) + static_cast<size_t>(c)] = std::exp(q) - std::exp(p);
+    }
+  }
+  std::vector<double> sizes(want.size(), 100.0);
+  k.divergences_of(teacher.data(), student.data(), columns, true, found.data(), 0, rows);
+  compare(k.name, "divergence", rows, columns, found.data(), want.data(), sizes.data(), rows);
+  compare(k.name, "slope of the divergence", rows, columns, student.data(), want_slope.data(), ones.data(), rows * columns);
+}
+
 void check_hadamard(const Kernels& k, int64_t columns) {
   std::vector<float> x(static_cast<size_t>(2 * columns)), once;
   for (auto& v : x) v = uniform();
@@ -329,6 +353,7 @@ int main() {
         check_dense(*list[i], rows, columns);
         for (const int width : {1, 2, 4})
           for (const bool bfloat : {false, true}) check_training(*list[i], rows, columns, width, bfloat);
+        check_divergence(*list[i], rows, columns);
       }
       check_hadamard(*list[i], columns);
       check_widen(*list[i], columns);

@@ -15,6 +15,18 @@ int64_t blocks_of(int64_t columns, int64_t size) { return (columns + size - 1) /
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 float larger(float a, float b) { return a < b ? b : a; }
 
+uint32_t bits_of(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+float float_of(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
 // An element of stored numbers, which need not be aligned: files decide where tensors lie.
 template <class T>
 T element(const T* numbers, int64_t i) {

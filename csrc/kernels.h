@@ -98,6 +98,10 @@ struct Kernels {
   // ∂/∂scales = Σ ∂/∂weight · weight / scale.
   void (*derivatives_of)(const Latents&, bool bfloat, const void* weights, const void* gradient, float* latents,
                          float* scales, int64_t first, int64_t last);
+  // KL(teacher ‖ student) in nats of rows first … last of logits (rows, columns) into out (rows). The teacher's are
+  // scratch; the student's become softmax(student) − softmax(teacher) with `slope`, else scratch.
+  void (*divergences_of)(float* teacher, float* student, int64_t columns, bool slope, float* out, int64_t first,
+                         int64_t last);
 };
 
 // The kernels of this build that this machine can run, best first, and the chosen ones.

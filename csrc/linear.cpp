@@ -122,4 +122,11 @@ void derivatives_of(const Latents& latents, bool bfloat, const void* weights, co
   });
 }
 
+void divergences_of(float* teacher, float* student, int64_t rows, int64_t columns, bool slope, float* out,
+                    int threads) {
+  parallel_for(rows, grain(columns), threads, [&](int64_t first, int64_t last) {
+    chosen().divergences_of(teacher, student, columns, slope, out, first, last);
+  });
+}
+
 }  // namespace bellbit

@@ -39,4 +39,7 @@ void weights_of(const Latents& latents, bool bfloat, void* out, int threads);
 void derivatives_of(const Latents& latents, bool bfloat, const void* weights, const void* gradient, float* to_latents,
                     float* to_scales, int threads);
 
+// KL(teacher ‖ student) of all rows of logits and its derivative, see Kernels.
+void divergences_of(float* teacher, float* student, int64_t rows, int64_t columns, bool slope, float* out, int threads);
+
 }  // namespace bellbit

@@ -7,18 +7,6 @@
 namespace bellbit {
 namespace {
 
-uint32_t bits_of(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  return bits;
-}
-
-float float_of(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
 // To the nearest, ties to even, as torch does it.
 uint16_t bfloat_from(float value) {
   const uint32_t bits = bits_of(value);

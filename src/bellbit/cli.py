@@ -119,8 +119,9 @@ def quantize(
     ] = 1.125,
     effort: Annotated[str, typer.Option(help="Of bellbit: fast, balanced or best.")] = "balanced",
     rungs: Annotated[
-        str, typer.Option(help="Of bellbit: which of its steps to take.")
-    ] = "text,budget,codes,blocks,tail,distill",
+        str,
+        typer.Option(help="Of bellbit: which of text,budget,codes,blocks,tail,distill; all, distill with best only."),
+    ] = "",
     columns: Annotated[str, typer.Option(help="Of bellbit: fold column scales: rank1, mean, maxima or none.")] = "none",
     bits: Annotated[int, typer.Option(help="Bits per weight of gptq and rtn, 1 to 8.")] = 2,
     act_bits: Annotated[int, typer.Option(help="Bits of activations: 16, 8 or 6.")] = 16,
@@ -164,7 +165,7 @@ def quantize(
         "bits": bits,
         "bpw": bpw,
         "effort": effort,
-        "rungs": tuple(rungs.split(",")),
+        "rungs": tuple(rungs.split(",")) if rungs else (),
         "columns": columns,
         "bitmap": bitmap,
         "act_bits": act_bits,

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bellbit import quantize_weight
-from bellbit.core import grid
+from bellbit.core import divergence, grid
 from bellbit.core.activations import quantize_activations
 from bellbit.core.hadamard import hadamard
 from bellbit.kernels import native, reference
@@ -119,6 +119,19 @@ def test_weights_in_training(instruction_set, shape, width, dtype):
     _, exact_latent, exact_scales = run(grid.straight_through, torch.float32)
     check(wrt_latent, exact_latent, "latents")
     check(wrt_scales, exact_scales, "scales", TOLERANCE if dtype == torch.float32 else 2**-8)  # weights are rounded
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (2, 5000)], ids=str)
+def test_divergences_of_logits(instruction_set, shape):
+    generator = torch.Generator().manual_seed(shape[1])
+    student, teacher = (10 * torch.randn(shape, generator=generator) for _ in range(2))
+    teacher[0, 0] = 200.0  # the shares of all others are nothing
+    exact = student.double()
+    want = divergence.divergences(exact, teacher.double(), slope=True)
+    found = native.divergences(student.clone(), teacher.clone(), slope=False)
+    torch.testing.assert_close(found.double(), want, rtol=1e-6, atol=1e-5)  # measured MEASURED
+    assert torch.equal(native.divergences(student, teacher, slope=True), found)
+    torch.testing.assert_close(student.double(), exact, rtol=0, atol=1e-6)  # measured MEASURED
 
 
 def test_frozen_latents_get_no_gradient(instruction_set):

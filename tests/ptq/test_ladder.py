@@ -152,8 +152,8 @@ def test_what_the_first_blocks_give_stands_for_them(name, count):
 def test_the_tail_is_trained_and_what_comes_before_it_stays(monkeypatch, tail):
     monkeypatch.setattr(ladder, "TAIL", tail)
     monkeypatch.setitem(effort.EFFORTS, "best", effort.Effort(blocks=1, tail=4, distilled=0))
-    before, _ = climbed(tokens=windows(24, 64), rungs=RUNGS[1:5], effort="best")
-    after, _ = climbed(tokens=windows(24, 64), rungs=RUNGS[1:6], effort="best")
+    before, _ = climbed(tokens=windows(24, 64), rungs=RUNGS[1:4], effort="best")
+    after, _ = climbed(tokens=windows(24, 64), rungs=RUNGS[1:5], effort="best")
     changed = {name: not torch.equal(t, after.state_dict()[name]) for name, t in before.state_dict().items()}
     blocks = family_named("llama").blocks
     assert any(change for name, change in changed.items() if f"{blocks}.0." in name) == (tail == 4)
@@ -164,7 +164,7 @@ def test_the_tail_is_trained_and_what_comes_before_it_stays(monkeypatch, tail):
 
 @pytest.mark.parametrize("name", sorted(CONFIGS))
 def test_every_linear_is_one_bit(name):
-    model, run = climbed(name)
+    model, run = climbed(name, rungs=RUNGS[1:])
     layers = packed_linears(model)
     assert set(layers) == set(linear_names(random_model(CONFIGS[name]()), family_named(name))) == set(run.errors)
     assert {type(layer.packed) for layer in layers.values()} == {Sign128}
@@ -178,7 +178,7 @@ def test_every_rung_comes_nearer_to_the_float_model(monkeypatch):
     with torch.no_grad():
         expected = random_model(CONFIGS["llama"]())(tokens).logits.log_softmax(-1)
     found = []
-    for rungs in ((), RUNGS[1:4], RUNGS[1:5], RUNGS[1:6], RUNGS[1:]):
+    for rungs in (RUNGS[1:2], RUNGS[1:3], RUNGS[1:4], RUNGS[1:5], RUNGS[1:]):  # budget alone: plain signs
         model, _ = climbed(tokens=tokens, rungs=rungs, effort="best")
         with torch.no_grad():
             logits = model(tokens).logits.log_softmax(-1)
@@ -352,6 +352,13 @@ def test_stored_bits_are_within_the_budget(bpw):
     stored = mean_over_weights(packed, lambda weight: weight.bits_per_weight)
     assert bpw - 0.15 < stored <= bpw
     assert len({weight.nominal_bits for weight in packed}) > 1
+
+
+def test_distillation_is_for_best_or_by_name():
+    assert Settings("bellbit").rungs == RUNGS[:-1]
+    assert Settings("bellbit", effort="best").rungs == RUNGS
+    assert effort.efforts(Settings("bellbit")).distilled == 0
+    assert effort.efforts(Settings("bellbit", rungs=("codes", "distill"))).distilled == 1
 
 
 def test_without_the_rung_of_the_budget_nothing_is_measured(monkeypatch):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bellbit.core import bellbox, grid
+from bellbit.core import bellbox, divergence, grid
 from bellbit.core.activations import Scope
 from bellbit.core.hadamard import hadamard
 from bellbit.kernels import native, reference
@@ -84,3 +84,9 @@ def straight_through(latent: Tensor, scales: Tensor, width: int, dtype: torch.dt
     """The weight s·ℓ(latent) of a layer in training, differentiable in both; see `core.grid.straight_through`."""
     fits = latent.device.type == "cpu" and native.BUILT and dtype in (torch.float32, torch.bfloat16)
     return (native if fits else grid).straight_through(latent, scales, width, dtype, group)
+
+
+def divergences(student: Tensor, teacher: Tensor, slope: bool) -> Tensor:
+    """KL(teacher ‖ student) of every row of logits and its derivative in place; see `core.divergence.divergences`."""
+    fits = teacher.device.type == "cpu" and native.BUILT
+    return (native if fits else divergence).divergences(student, teacher, slope)

@@ -334,6 +334,22 @@ def straight_through(latent: Tensor, scales: Tensor, width: int, dtype: torch.dt
     return _StraightThrough.apply(latent.contiguous(), scales.contiguous(), width, dtype, group)  # type: ignore[no-untyped-call]
 
 
+def divergences(student: Tensor, teacher: Tensor, slope: bool) -> Tensor:
+    """What `core.divergence.divergences` computes, in two passes over memory."""
+    rows, columns = teacher.shape
+    found = torch.empty(rows)
+    _kernels.divergences_of(
+        _require(teacher, torch.float32, rows, columns),
+        _require(student, torch.float32, rows, columns),
+        rows,
+        columns,
+        slope,
+        found.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return found
+
+
 def dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x·Wᵀ + bias for a 16-bit weight (out, in): (..., out) in x's dtype."""
     return torch.ops.bellbit.dense(x, weight, bias)

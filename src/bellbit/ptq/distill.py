@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bellbit.errors import BellbitError
+from bellbit.kernels import divergences
 from bellbit.ptq.fit import Plan, fit
 from bellbit.ptq.resume import Saved
 from bellbit.ptq.stream import acting, giving
@@ -34,15 +35,11 @@ class _Divergence(torch.autograd.Function):
         gradient, trained = torch.empty_like(student), ctx.needs_input_grad[0]
         total = student.new_zeros((), dtype=torch.float32)
         for out, own, other in zip(*(t.split(TOKENS_AT_ONCE) for t in (gradient, student, teacher)), strict=True):
-            p = _logits(other, head, cap).log_softmax(dim=-1)
-            q = _logits(own, head, cap)
-            slope = 1 - (q / cap).square() if trained and cap is not None else None
-            q = q.log_softmax(dim=-1)
-            share = p.exp()
-            total += p.sub_(q).mul_(share).sum()
+            logits = _logits(own, head, cap)
+            slope = 1 - (logits / cap).square() if trained and cap is not None else None
+            total += divergences(logits, _logits(other, head, cap), trained).sum()
             if trained:  # a product with the head that where nothing is trained would be for nothing
-                wrt_logits = q.exp_().sub_(share)
-                out.copy_((wrt_logits if slope is None else wrt_logits.mul_(slope)).to(head.dtype) @ head)
+                out.copy_((logits if slope is None else logits.mul_(slope)).to(head.dtype) @ head)
         if trained:
             ctx.save_for_backward(gradient.div_(len(student)))
         return total / len(student)

@@ -35,8 +35,8 @@ class Effort:
 
 
 EFFORTS = {
-    "fast": Effort(blocks=1, tail=1, distilled=0),
-    "balanced": Effort(blocks=2, tail=3, distilled=0),
+    "fast": Effort(blocks=1, tail=1, distilled=1),
+    "balanced": Effort(blocks=2, tail=3, distilled=1),
     "best": Effort(blocks=6, tail=4, distilled=3),
 }
 # Blocks that are trained twice as long, as all that follow live with what these lose: of a divergence of 1.8 in the

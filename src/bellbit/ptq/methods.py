@@ -34,6 +34,8 @@ Ltdb = Literal["auto", "learn", "smooth", "off"]
 Effort = Literal["fast", "balanced", "best"]
 ALL_SIGNS = 1.125  # --bpw that asks for one sign a weight, as llama.cpp's Q1_0 stores it
 RUNGS = ("text", "budget", "codes", "blocks", "tail", "distill")  # of the method bellbit, see docs/method.md
+LONGEST = "distill"  # of them, and climbed with the effort `best` only if nothing else is said: an epoch of it takes as
+# long as one of all blocks, and lowers the demo model's divergence by .07 at 1.8 (docs/trials.md)
 # Options that decide what is stored, and the methods that read them: no other may be given them.
 OWN_OPTIONS = {
     "bits": ("gptq", "rtn"),
@@ -55,7 +57,7 @@ class Settings:
     ltdb: learn column scales, only smooth (T = T⁰), or leave out; `auto` as the published reference does for the
     family. act_scope: one activation step per token or per tensor; `auto` likewise. scale_bits: 16 or 8.
     Of bellbit only: bpw, the most bits per quantized weight, all stored bits counted; effort; rungs, those of RUNGS
-    that are climbed; columns, which estimate of column scales is folded, if any.
+    that are climbed, none for those of the effort; columns, which estimate of column scales is folded, if any.
     """
 
     method: str = "dbellquant"
@@ -71,7 +73,7 @@ class Settings:
     act_scope: Scope | Literal["auto"] = "auto"
     bpw: float = 1.125
     effort: Effort = "balanced"
-    rungs: tuple[str, ...] = RUNGS
+    rungs: tuple[str, ...] = ()
     columns: Estimate | Literal["none"] = "none"
     bitmap: bool = True
 
@@ -102,6 +104,9 @@ class Settings:
             if self.method not in methods and getattr(self, option) != getattr(Settings, option):
                 raise BellbitError(f"--{option} is of the method {' and '.join(methods)}, not of {self.method}")
         if METHODS[self.method].climbs:
+            if not self.rungs:
+                usual = RUNGS if self.effort == "best" else tuple(rung for rung in RUNGS if rung != LONGEST)
+                object.__setattr__(self, "rungs", usual)  # the dataclass is frozen
             require(self.act_bits == 16, "act-bits", self.act_bits, f"16 with the method {self.method}")
 
     def resolved(self, family: Family) -> Settings:
