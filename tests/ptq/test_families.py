@@ -109,9 +109,8 @@ def test_norms_that_feed_no_linear_alone_are_refused():
     [
         ("dbellquant", {}, True),
         ("dbellquant", {"ltdb": "off"}, False),
-        ("bellbit", {}, True),
-        ("bellbit", {"columns": "none"}, False),
-        ("bellbit", {"rungs": ("codes",)}, False),
+        ("bellbit", {"columns": "mean"}, True),
+        ("bellbit", {}, False),
         ("gptq", {}, False),
     ],
 )

@@ -377,7 +377,7 @@ def test_a_head_that_is_more_than_a_product_is_noticed():
     model = random_model(CONFIGS["llama"]())
     check_head(model, windows(1, 40))
     model.lm_head.bias = torch.nn.Parameter(torch.ones(len(model.lm_head.weight)))
-    with pytest.raises(BellbitError, match="--rungs text,columns,codes,blocks"):
+    with pytest.raises(BellbitError, match="--rungs text,codes,blocks"):
         check_head(model, windows(1, 40))
 
 

@@ -129,7 +129,7 @@ def nothing_is_left(folder):
         ({"epsilon": 1.5}, "--epsilon 1.5 is not possible"),
         ({"method": "bellbit", "bpw": 1.0}, "--bpw 1.0 is not possible; allowed: 1.125 to 4.125"),
         ({"method": "bellbit", "effort": "much"}, "--effort much is not possible; allowed: fast, balanced, best"),
-        ({"method": "bellbit", "rungs": ("ladder",)}, "--rungs ladder is not possible; allowed: text, budget, columns"),
+        ({"method": "bellbit", "rungs": ("ladder",)}, "--rungs ladder is not possible; allowed: text, budget, codes"),
         ({"calib": "self,self"}, "--calib 'self,self' is not possible with 3 windows; give different sources"),
         ({"scale_bits": 4}, "--scale-bits 4 is not possible; allowed: 16, 8"),
         ({"samples": 0}, "--samples 0 is not possible; allowed: 1 and more"),
