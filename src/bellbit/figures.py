@@ -15,6 +15,7 @@ from bellbit.ptq.run import GroupRecord
 
 BLOCK = 128  # columns that share two bells
 BEFORE, AFTER, TARGET = "#7f8c8d", "#1f77b4", "#d62728"
+NAME_WIDTH, NAME_HEIGHT = 90, 10  # points that the name of a method takes in the map
 
 
 class Figures:
@@ -106,6 +107,7 @@ def draw_map(rows: Sequence[Row], text: str, path: Path) -> None:
     pyplot = _pyplot("the figure")
 
     figure, axis = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    points: dict[str, tuple[float, float]] = {}
     for method, seeds in by_method(rows).items():
         found = [row.perplexity[text] for row in seeds]
         if method == NONE:
@@ -114,13 +116,29 @@ def draw_map(rows: Sequence[Row], text: str, path: Path) -> None:
         ours = method.startswith("bellbit")
         bits = [row.bits_per_weight for row in seeds]
         axis.scatter(bits, found, color=AFTER if ours else BEFORE, zorder=3 if ours else 2)
-        axis.annotate(method, (bits[0], found[0]), (4, 4), textcoords="offset points", fontsize="small")
+        points[method] = bits[0], found[0]
     axis.set(xlabel="stored bits per quantized weight", ylabel=f"perplexity on {text}", yscale="log")
     axis.margins(x=0.15)  # names stand to the right of their points
     if axis.get_legend_handles_labels()[0]:  # the line
         axis.legend(fontsize="small")
+    _name(axis, points)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
+
+
+def _name(axis: Any, points: dict[str, tuple[float, float]]) -> None:
+    """Write the name of each point to its right, above names that lie there already."""
+    axis.figure.draw_without_rendering()  # places are known only then
+    placed: list[tuple[float, float]] = []
+    for name, point in sorted(points.items(), key=lambda item: item[1][1]):
+        x, y = (float(value) * 72 / axis.figure.dpi for value in axis.transData.transform(point))
+        place = y
+        for other_x, other_y in placed:  # from below
+            if abs(x - other_x) < NAME_WIDTH and abs(place - other_y) < NAME_HEIGHT:
+                place = other_y + NAME_HEIGHT
+        placed.append((x, place))
+        placed.sort(key=lambda other: other[1])
+        axis.annotate(name, point, (4, 4 + place - y), textcoords="offset points", fontsize="small")
 
 
 def _row_normalized(values: Tensor) -> Tensor:
