@@ -7,7 +7,7 @@
 namespace bellbit {
 namespace {
 
-// e^x for x ≤ 0, within 2e-7 of it; 2^-126 where it is less. x = n·ln 2 + r with |r| ≤ ln 2 / 2, e^r by its power series.
+// e^x for x ≤ 0; e^-87 below −87, where floats end. x = n·ln 2 + r with |r| ≤ ln 2 / 2, e^r by its power series.
 inline float exponential(float x) {
   const float within = x < -87.0f ? -87.0f : x;
   const auto n = static_cast<int32_t>(within * 1.44269504f - 0.5f);  // to the nearest, as it is rounded towards 0

@@ -111,6 +111,8 @@ def test_norms_that_feed_no_linear_alone_are_refused():
         ("dbellquant", {"ltdb": "off"}, False),
         ("bellbit", {"columns": "mean"}, True),
         ("bellbit", {}, False),
+        ("bellbit", {"columns": "none"}, False),
+        ("bellbit", {"rungs": ("codes",)}, False),
         ("gptq", {}, False),
     ],
 )

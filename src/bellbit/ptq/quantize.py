@@ -194,7 +194,7 @@ def quantize(
     ):
         if METHODS[method].climbs:
             assert windows is not None
-            if takes_whole(settings, shapes):  # a block at a time hands memory back instead, see map_large_arrays
+            if reads_whole(location, settings, shapes):  # block by block it is handed back: map_large_arrays
                 keep_freed_memory()
             with fast_attention(network, device):
                 run = climb(blocks, settings, windows, device, seed, advance, saved, shapes, most, spilled, log.add)
