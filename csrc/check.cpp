@@ -125,12 +125,13 @@ void check_planes(const Kernels& k, int64_t rows, int64_t columns) {
       for (int64_t c = b * kBlock; c < std::min(columns, (b + 1) * kBlock); c++)
         dense[dense_at(r, c)] = bit(at + 2, c - b * kBlock) ? d : -d;
     }
-  const Planes sign128{signs.data() + 2, 1,  rows, columns, 0, 2 * blocks + width, 18, Grid::kSign128, nullptr, nullptr,
-                       0, {}};
+  const Planes sign128{signs.data() + 2, 1, rows, columns, 0, 2 * blocks + width, 18, 1, Grid::kSign128,
+                       nullptr, nullptr, 0, {}};
   check(k, "sign128", sign128, dense, k.planes, k.unpack_planes, true);
 
   for (int64_t planes = 1; planes <= 8; planes++) {
-    std::vector<uint8_t> codes(static_cast<size_t>(planes * rows * width)), zeros(static_cast<size_t>(rows * blocks)),
+    const int64_t group = 1 + planes % 3, groups = (blocks + group - 1) / group;
+    std::vector<uint8_t> codes(static_cast<size_t>(planes * rows * width)), zeros(static_cast<size_t>(rows * groups)),
         numbers(zeros.size());
     float table[256];
     std::vector<uint16_t> scales(zeros.size());
@@ -149,19 +150,19 @@ void check_planes(const Kernels& k, int64_t rows, int64_t columns) {
     };
     for (int64_t r = 0; r < rows; r++)
       for (int64_t c = 0; c < columns; c++) {
-        const auto g = static_cast<size_t>(r * blocks + c / kBlock);
+        const auto g = static_cast<size_t>(r * groups + c / (group * kBlock));
         dense[dense_at(r, c)] = scale_values[g] * (code(r, c) - zeros[g]);
       }
-    const Planes groups{codes.data(), planes, rows, columns, rows * width, width, 16, Grid::kGroups, scales.data(),
-                        zeros.data(), 0, {}};
-    check(k, "uniform", groups, dense, k.planes, k.unpack_planes, true);
+    const Planes uniform_grid{codes.data(), planes, rows, columns, rows * width, width, 16, group, Grid::kHalves,
+                              scales.data(), zeros.data(), 0, {}};
+    check(k, "uniform", uniform_grid, dense, k.planes, k.unpack_planes, true);
     const float middle = static_cast<float>((1 << planes) - 1) / 2;
     for (int64_t r = 0; r < rows; r++)
       for (int64_t c = 0; c < columns; c++)
         dense[dense_at(r, c)] =
-            table[numbers[static_cast<size_t>(r * blocks + c / kBlock)]] * static_cast<double>(code(r, c) - middle);
-    Planes symmetric{codes.data(), planes, rows, columns, rows * width, width, 16, Grid::kTable, numbers.data(),
-                     nullptr, middle, {}};
+            table[numbers[static_cast<size_t>(r * groups + c / (group * kBlock))]] * static_cast<double>(code(r, c) - middle);
+    Planes symmetric{codes.data(), planes, rows, columns, rows * width, width, 16, group, Grid::kTable,
+                     numbers.data(), nullptr, middle, {}};
     std::copy(table, table + 256, symmetric.table);
     check(k, "symmetric", symmetric, dense, k.planes, k.unpack_planes, true);
     const float half = static_cast<float>(1 << (planes - 1));
@@ -169,8 +170,8 @@ void check_planes(const Kernels& k, int64_t rows, int64_t columns) {
     for (int64_t r = 0; r < rows; r++)
       for (int64_t c = 0; c < columns; c++)
         dense[dense_at(r, c)] = static_cast<double>(row_scales[static_cast<size_t>(r)]) * (code(r, c) - zero);
-    const Planes by_row{codes.data(), planes, rows, columns, rows * width, width, 16, Grid::kRows, row_scales.data(),
-                        nullptr, zero, {}};
+    const Planes by_row{codes.data(), planes, rows, columns, rows * width, width, 16, blocks, Grid::kFloats,
+                        row_scales.data(), nullptr, zero, {}};
     check(k, "bellbox", by_row, dense, k.planes, k.unpack_planes, true);
   }
 }

@@ -5,28 +5,31 @@
 
 namespace bellbit {
 
-constexpr int64_t kBlock = 128;  // columns that activations are padded to, and that a scale of `Planes` covers
+constexpr int64_t kBlock = 128;  // columns that activations are padded to, and that scales of `Planes` cover multiples of
 constexpr int64_t kChunk = 256;  // columns that arranged activations are padded to
 constexpr int64_t kLanes = 16;   // floats that the kernels handle together
 
 // Where a grid's scale and zero point come from.
 enum class Grid : int {
   kSign128,  // ±d: a float16 d in front of the 16 bytes of each block
-  kGroups,   // float16 scales and, unless there is one for all, uint8 zero points, (rows, blocks)
-  kTable,    // uint8 numbers of scales in a table, (rows, blocks), one zero point for all
-  kRows,     // one float32 scale per row, one zero point for all
+  kHalves,   // float16 scales and, unless there is one for all, uint8 zero points, (rows, groups)
+  kTable,    // uint8 numbers of scales in a table, (rows, groups), one zero point for all
+  kFloats,   // float32 scales, (rows, groups), one zero point for all
 };
 
-// Codes as bit planes on a grid per row and block: w = scale · (code − zero).
+// Codes as bit planes on a grid per row and group of blocks: w = scale · (code − zero).
 struct Planes {
   const uint8_t* bits;  // first byte of plane 0, row 0, block 0
   int64_t planes, rows, columns;
   int64_t plane_stride, row_stride, block_stride;  // bytes; a block is 16 bytes of bits, the last may be shorter
+  int64_t group;  // blocks that share a scale; of kSign128 1
   Grid grid;
   const void* scales;    // kSign128: unused
-  const uint8_t* zeros;  // kGroups; null where `zero` serves
+  const uint8_t* zeros;  // kHalves; null where `zero` serves
   float zero;            // all but kSign128
   float table[256];      // kTable
+
+  int64_t groups() const { return (columns + group * kBlock - 1) / (group * kBlock); }
 };
 
 // Two bits into one of two 4-entry tables per row and block (layout codebook2).

@@ -24,10 +24,11 @@ struct PlanesBody {
     return S::set1_half(w.bits + row * w.row_stride + block * w.block_stride - 2);
   }
 
-  // The halved scales and such zero points of one row, one per group: a block, or the whole row.
-  static void grid_of(const Planes& w, int64_t row, int64_t groups, float* scales, float* zeros) {
+  // The halved scales and such zero points of one row, one per group.
+  static void grid_of(const Planes& w, int64_t row, float* scales, float* zeros) {
+    const int64_t groups = w.groups();
     const float all = static_cast<float>((1 << w.planes) - 1);
-    if (w.grid == Grid::kGroups) {
+    if (w.grid == Grid::kHalves) {
       S::halves(static_cast<const uint16_t*>(w.scales) + row * groups, scales, groups);
       for (int64_t g = 0; g < groups; g++) {
         scales[g] *= 0.5f;
@@ -39,9 +40,11 @@ struct PlanesBody {
         scales[g] = 0.5f * w.table[number[g]];
         zeros[g] = 2 * w.zero - all;
       }
-    } else if (w.grid == Grid::kRows) {
-      scales[0] = 0.5f * element(static_cast<const float*>(w.scales), row);
-      zeros[0] = 2 * w.zero - all;
+    } else if (w.grid == Grid::kFloats) {
+      for (int64_t g = 0; g < groups; g++) {
+        scales[g] = 0.5f * element(static_cast<const float*>(w.scales), row * groups + g);
+        zeros[g] = 2 * w.zero - all;
+      }
     }
   }
 
@@ -102,16 +105,15 @@ struct PlanesBody {
   template <int P, int R, bool Zeros>
   static void planes_rows(const Planes& w, const Activations& x, const float* bias, float* y, int64_t row,
                           float* scales, float* zeros) {
-    const int64_t blocks = blocks_of(w.columns, kBlock);
-    const int64_t groups = w.grid == Grid::kRows ? 1 : blocks, per_group = w.grid == Grid::kRows ? blocks : 1;
+    const int64_t blocks = blocks_of(w.columns, kBlock), groups = w.groups();
     for (int p = 0; p < P; p++) prefetch(w.bits + p * w.plane_stride + row * w.row_stride, R * w.row_stride);
-    for (int r = 0; r < R; r++) grid_of(w, row + r, groups, scales + r * groups, zeros + r * groups);
+    for (int r = 0; r < R; r++) grid_of(w, row + r, scales + r * groups, zeros + r * groups);
     const Bits<P, R> bits(w, row);
     for (int64_t m = 0; m < x.tokens; m++) {
       F total[R];
       for (int r = 0; r < R; r++) total[r] = S::zero();
       for (int64_t g = 0; g < groups; g++) {
-        const int64_t first = g * per_group, last = first + per_group;
+        const int64_t first = g * w.group, last = smaller(first + w.group, blocks);
         F sums[R], whole = S::zero();
         if (x.codes) {
           I start = S::izero();  // 2·Σ bit·x − Σ x = Σ ±x
@@ -153,7 +155,7 @@ struct PlanesBody {
   static void planes_range(const Planes& w, const Activations& x, const float* bias, float* y, int64_t first,
                            int64_t last) {
     constexpr int R = P == 1 ? 4 : P <= 4 ? 2 : 1;  // rows that share a load of x; more would not fit the registers
-    const int64_t groups = blocks_of(w.columns, kBlock);
+    const int64_t groups = w.groups();
     const Scratch<float> grid(2 * R * groups);
     float *scales = grid.data, *zeros = scales + R * groups;
     int64_t row = first;
@@ -232,13 +234,13 @@ struct PlanesBody {
   }
 
   static void unpack(const Planes& w, float* out, int64_t first, int64_t last) {
-    const int64_t blocks = blocks_of(w.columns, kBlock), groups = w.grid == Grid::kRows ? 1 : blocks;
+    const int64_t blocks = blocks_of(w.columns, kBlock), groups = w.groups();
     const Scratch<float> grid(2 * groups);
     float *scales = grid.data, *zeros = scales + groups, values[kBlock];
     for (int64_t row = first; row < last; row++, out += w.columns) {
-      grid_of(w, row, groups, scales, zeros);
+      grid_of(w, row, scales, zeros);
       for (int64_t b = 0; b < blocks; b++) {
-        const int64_t g = w.grid == Grid::kRows ? 0 : b, columns = smaller(kBlock, w.columns - b * kBlock);
+        const int64_t g = b / w.group, columns = smaller(kBlock, w.columns - b * kBlock);
         const F scale = w.grid == Grid::kSign128 ? inline_scale(w, row, b) : S::set1(scales[g]);
         const F zero = S::set1(-zeros[g]);
         float* target = columns == kBlock ? out + b * kBlock : values;

@@ -104,6 +104,15 @@ def test_one_sweep_of_descent_is_that_of_a_plain_loop():
     assert torch.equal(found.double(), levels)
 
 
+def test_codes_do_not_depend_on_how_many_columns_are_fed_back_together(monkeypatch):
+    weight, hessian = problem(rows=5, columns=90)
+    factor = inverse_factor(hessian)
+    found = grid.first_codes(weight, factor, 2, 60)
+    monkeypatch.setattr(grid, "TOGETHER", 16)
+    assert torch.equal(grid.first_codes(weight, factor, 2, 60)[0], found[0])
+    assert found[1].shape == (5, 2)
+
+
 @pytest.mark.parametrize("width", [1, 2, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_straight_through_is_the_grid(width, dtype):

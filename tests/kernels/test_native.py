@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(not native.available(), reason="built without a 
 
 TOLERANCE = 1e-5  # of the largest output; measured 6e-7
 ROUNDED_TOLERANCE = 2e-4  # codebook2 with rounded activations: weights are rounded to 15 or 16 bits; measured 5e-5
-SHAPES = [(5, 128), (7, 576), (3, 100), (9, 2), (4, 17), (16, 300)]
+SHAPES = [(5, 128), (7, 576), (3, 100), (9, 2), (4, 17), (16, 300), (3, 1100)]
 TOKENS = [1, 2, 5, 16, 17, 40]
 
 
@@ -31,9 +31,9 @@ def bellbox(rows, columns, width, generator):
     return Bellbox.pack(codes, torch.rand(rows, generator=generator), width, half=width <= 2, rotated=width != 1)
 
 
-def symmetric(rows, columns, width, generator):
+def symmetric(rows, columns, width, generator, group=128):
     levels = torch.randint(0, 2**width, (rows, columns), generator=generator) - (2**width - 1) / 2
-    return Symmetric.pack(levels, torch.rand(rows, -(-columns // 128), generator=generator), width)
+    return Symmetric.pack(levels, torch.rand(rows, -(-columns // group), generator=generator), width, group)
 
 
 def weights(rows, columns):
@@ -42,6 +42,8 @@ def weights(rows, columns):
     packed = [quantize_weight(dense, None, "rtn", bits=bits) for bits in (1, 2, 3, 8)]
     packed += [quantize_weight(dense, None, "sign")]
     packed += [symmetric(rows, columns, width, generator) for width in (1, 2, 3, 4, 5)]
+    packed += [symmetric(rows, columns, width, generator, group) for width in (1, 2) for group in (256, 1024)]
+    packed += [quantize_weight(dense, None, "rtn", bits=3, block_size=256)]
     packed += [bellbox(rows, columns, width, generator) for width in (1, 2, 3, 4)]
     packed += [
         quantize_weight(dense, None, metric="magnitude", compensate=False, block_size=block_size, scale_bits=scale_bits)

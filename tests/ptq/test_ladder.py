@@ -19,7 +19,7 @@ from bellbit.ptq.families import fold_along_chain, linear_names, shared_by_heads
 from bellbit.ptq.fit import Plan, Rates, fit, parameter_groups
 from bellbit.ptq.ladder import climb
 from bellbit.ptq.latent import LatentLinear
-from bellbit.ptq.methods import RUNGS, Settings, bits_of_levels
+from bellbit.ptq.methods import RUNGS, Settings, bits_of_levels, group_of
 from bellbit.ptq.reconstruct import FIRST_TOKEN, robust_error
 from bellbit.ptq.resume import Saved, fingerprint
 from bellbit.ptq.stream import BlockStream
@@ -87,23 +87,24 @@ def test_column_scales_and_their_hessians_leave_the_output_error_as_it_is(name):
 
 def test_a_weight_of_minus_zero_has_one_sign_in_training_and_packed():
     weight = torch.full((1, 16), -0.0)
-    layer = LatentLinear.starting(weight, torch.full((1, 16), 0.5), torch.ones(1, 1), 1, None)
+    layer = LatentLinear.starting(weight, torch.full((1, 16), 0.5), torch.ones(1, 1), 1, 128, None)
     assert torch.equal(layer.weight(), layer.packed(1.125).dequantize())
 
 
 def test_a_latent_linear_starts_with_the_codes_it_is_given_and_packs_them():
     generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(6, 200, generator=generator)
+    weight = torch.randn(6, 1100, generator=generator)
     for width, bpw, layout in ((1, 1.125, Sign128), (1, 1.2, Symmetric), (3, 3.1, Symmetric)):
-        levels = torch.randint(0, 2**width, (6, 200), generator=generator) - (2**width - 1) / 2
-        scales = torch.rand(6, 2, generator=generator).half().float() + 0.5
-        layer = LatentLinear.starting(weight, levels, scales, width, None)
-        expected = levels * scales.repeat_interleave(128, dim=1)[:, :200]
+        group = group_of(bpw)
+        levels = torch.randint(0, 2**width, (6, 1100), generator=generator) - (2**width - 1) / 2
+        scales = torch.rand(6, -(-1100 // group), generator=generator).half().float() + 0.5
+        layer = LatentLinear.starting(weight, levels, scales, width, group, None)
+        expected = levels * scales.repeat_interleave(group, dim=1)[:, :1100]
         torch.testing.assert_close(layer.weight(), expected)
         packed = layer.packed(bpw)
         assert isinstance(packed, layout)
         torch.testing.assert_close(packed.dequantize(), expected, rtol={Sign128: 1e-3, Symmetric: 2e-3}[layout], atol=0)
-        x = torch.randn(3, 200, generator=generator)
+        x = torch.randn(3, 1100, generator=generator)
         torch.testing.assert_close(layer(x), x @ expected.t(), rtol=1e-4, atol=1e-4)
 
 

@@ -17,6 +17,7 @@ from bellbit.core.compensate import blocks, quantize_blocks
 from bellbit.core.hessian import InverseFactor
 
 GROUP = 128
+TOGETHER = 128  # columns whose errors are fed into each other at once, and into all others together
 STEPS = {1: 2.0, 2: 1.248, 3: 0.734, 4: 0.42}  # best scale by width for a bell, over its mean magnitude (Max 1960)
 ERRORS = {1: 0.3634, 2: 0.1188, 3: 0.03744, 4: 0.01154}  # mean square of the rest then, over the variance
 WIDEST = max(STEPS)
@@ -83,10 +84,12 @@ def feedback_levels(weight: Tensor, factor: InverseFactor, width: int, group: in
         scale = fit_scales(current, corner.diagonal().square().reciprocal(), width, group)[:, 0]
         columns = current.t().contiguous()  # one column is one contiguous row
         levels, error = torch.empty_like(columns), torch.empty_like(columns)
-        for j in range(len(columns)):
-            levels[j] = nearest_levels(columns[j] / scale, width)
-            error[j] = (columns[j] - scale * levels[j]) / corner[j, j]
-            columns[j + 1 :].addr_(corner[j, j + 1 :], error[j], alpha=-1)
+        for part in blocks(len(columns), TOGETHER):
+            for j in range(part.start, part.stop):
+                levels[j] = nearest_levels(columns[j] / scale, width)
+                error[j] = (columns[j] - scale * levels[j]) / corner[j, j]
+                columns[j + 1 : part.stop].addr_(corner[j, j + 1 : part.stop], error[j], alpha=-1)
+            columns[part.stop :].addmm_(corner[part, part.stop :].t(), error[part], alpha=-1)
         return (levels.t(), scale), error.t()
 
     parts = quantize_blocks(weight, factor, group, quantize)
@@ -107,7 +110,7 @@ def descend(
         full = spread(scales, weight.shape[1], group).t().contiguous()  # one column is one contiguous row
         codes = levels.t().contiguous()
         slope = hessian @ (full * codes - weight.t())
-        for part in blocks(len(codes), group):
+        for part in blocks(len(codes), TOGETHER):
             change = torch.empty_like(codes[part])
             local, corner = slope[part], hessian[part, part]
             for i, j in enumerate(range(part.start, part.stop)):
@@ -121,19 +124,20 @@ def descend(
     return levels, scales
 
 
-def first_codes(weight: Tensor, factor: InverseFactor | None, width: int) -> tuple[Tensor, Tensor]:
+def first_codes(weight: Tensor, factor: InverseFactor | None, width: int, group: int = GROUP) -> tuple[Tensor, Tensor]:
     """The best of the three ways that can be had: levels (out, in) and scales (out, groups).
 
     Without a factor, or with that of a Hessian beyond repair, it is rounding to nearest. A row of zeros is as near to
     them as can be stored: its groups would else mend each other's least scale, and its weights grow fourfold.
     """
     if factor is None or factor.damping is None:
-        scales = fit_scales(weight, torch.ones_like(weight[0]), width)
-        return nearest_levels(weight / spread(scales, weight.shape[1]), width), scales
+        scales = fit_scales(weight, torch.ones_like(weight[0]), width, group)
+        return nearest_levels(weight / spread(scales, weight.shape[1], group), width), scales
     factor = _heard_faintly(factor)
     hessian = torch.cholesky_inverse(factor.upper, upper=True)
-    levels, scales = feedback_levels(weight, factor, width)
-    levels, scales = descend(weight, levels, refit_scales(weight, levels, scales, hessian), hessian, width)
+    levels, scales = feedback_levels(weight, factor, width, group)
+    scales = refit_scales(weight, levels, scales, hessian, group)
+    levels, scales = descend(weight, levels, scales, hessian, width, group=group)
     nothing = ~weight.any(dim=1, keepdim=True)
     return levels.masked_fill_(nothing, 0.5), scales.masked_fill_(nothing, SMALLEST_SCALE)
 

@@ -26,7 +26,7 @@ except ImportError:  # built without a compiler
 BUILT = _kernels is not None  # a constant: torch.compile breaks its graph at calls into an extension
 FEW_TOKENS = 16  # up to here the packed kernels beat a product with unpacked panels
 PANEL_BYTES = 1 << 23  # of unpacked weights at a time: they stay in the cache between unpacking and product
-_SIGN128, _GROUPS, _TABLE, _ROWS = range(4)  # Grid in csrc/kernels.h
+_SIGN128, _HALVES, _TABLE, _FLOATS = range(4)  # Grid in csrc/kernels.h
 
 
 def available() -> list[str]:
@@ -52,7 +52,7 @@ def supports(weight: PackedTensor) -> bool:
     if isinstance(weight, Codebook2):
         return weight.block_size % 16 == 0
     if isinstance(weight, Uniform | Symmetric):
-        return weight.group_size == SIGN_BLOCK
+        return weight.group_size % SIGN_BLOCK == 0
     return type(weight) in _ARGUMENTS
 
 
@@ -68,8 +68,8 @@ _ARGUMENTS: dict[type[PackedTensor], Callable[[Any], tuple[Any, ...]]] = {
     Codebook2: lambda w: (w.codes, w.salient, w.scales, w.exponents, w.shape[1], w.block_size),
     Sign128: lambda w: (w.blocks, w.shape[1]),
     Bellbox: lambda w: (w.codes, w.scales, w.shape[1], w.zero),
-    Symmetric: lambda w: (w.codes, w.steps, w.octaves, w.shape[1]),
-    Uniform: lambda w: (w.codes, w.scales, w.zeros, w.shape[1]),
+    Symmetric: lambda w: (w.codes, w.steps, w.octaves, w.shape[1], w.group_size),
+    Uniform: lambda w: (w.codes, w.scales, w.zeros, w.shape[1], w.group_size),
 }
 
 
@@ -103,6 +103,7 @@ def _codebook2(
 def _planes(
     codes: Tensor,
     columns: int,
+    group: int,
     grid: int,
     scales: int,
     zeros: int = 0,
@@ -112,6 +113,8 @@ def _planes(
     width, rows, row_bytes = codes.shape[0], codes.shape[1], -(-columns // 8)
     if not 1 <= width <= 8:
         raise ValueError(f"codes of {width} bits are not possible; 1 to 8 are")
+    if group % SIGN_BLOCK:
+        raise ValueError(f"groups of {group} columns are not possible; multiples of {SIGN_BLOCK} are")
     return _kernels.Planes(
         bits=_require(codes, torch.uint8, width, rows, row_bytes),
         planes=width,
@@ -120,6 +123,7 @@ def _planes(
         plane_stride=rows * row_bytes,
         row_stride=row_bytes,
         block_stride=SIGN_BLOCK // 8,
+        group=group // SIGN_BLOCK,
         grid=grid,
         scales=scales,
         zeros=zeros,
@@ -139,6 +143,7 @@ def _sign128(blocks: Tensor, columns: int) -> Any:
         plane_stride=0,
         row_stride=row_bytes,
         block_stride=2 + SIGN_BLOCK // 8,
+        group=1,
         grid=_SIGN128,
         scales=0,
         zeros=0,
@@ -148,21 +153,22 @@ def _sign128(blocks: Tensor, columns: int) -> Any:
     )
 
 
-def _uniform(codes: Tensor, scales: Tensor, zeros: Tensor, columns: int) -> Any:
-    groups = (codes.shape[1], -(-columns // SIGN_BLOCK))
+def _uniform(codes: Tensor, scales: Tensor, zeros: Tensor, columns: int, group: int) -> Any:
+    groups = (codes.shape[1], -(-columns // group))
     scale, zero = _require(scales, torch.float16, *groups), _require(zeros, torch.uint8, *groups)
-    return _planes(codes, columns, _GROUPS, scale, zero)
+    return _planes(codes, columns, group, _HALVES, scale, zero)
 
 
-def _symmetric(codes: Tensor, steps: Tensor, octaves: Tensor, columns: int) -> Any:
-    scale = _require(steps, torch.uint8, codes.shape[1], -(-columns // SIGN_BLOCK))
+def _symmetric(codes: Tensor, steps: Tensor, octaves: Tensor, columns: int, group: int) -> Any:
+    scale = _require(steps, torch.uint8, codes.shape[1], -(-columns // group))
     top, step = octaves.tolist()
-    return _planes(codes, columns, _TABLE, scale, zero=(2 ** codes.shape[0] - 1) / 2, octaves=(top, step))
+    return _planes(codes, columns, group, _TABLE, scale, zero=(2 ** codes.shape[0] - 1) / 2, octaves=(top, step))
 
 
 def _bellbox(codes: Tensor, scales: Tensor, columns: int, zero: float) -> Any:
     scale = _require(scales, torch.float32, codes.shape[1])
-    return _planes(codes, columns, _ROWS, scale, zero=zero)
+    row = -(-columns // SIGN_BLOCK) * SIGN_BLOCK
+    return _planes(codes, columns, row, _FLOATS, scale, zero=zero)
 
 
 _BUILDERS: dict[type[PackedTensor], Callable[..., Any]] = {
@@ -390,6 +396,6 @@ if _kernels is not None:
         rows_axis=0,
     )
     _define("sign128", "Tensor blocks, int columns", _sign128, rows_axis=0)
-    _define("symmetric", "Tensor codes, Tensor steps, Tensor octaves, int columns", _symmetric, rows_axis=1)
-    _define("uniform", "Tensor codes, Tensor scales, Tensor zeros, int columns", _uniform, rows_axis=1)
+    _define("symmetric", "Tensor codes, Tensor steps, Tensor octaves, int columns, int group", _symmetric, rows_axis=1)
+    _define("uniform", "Tensor codes, Tensor scales, Tensor zeros, int columns, int group", _uniform, rows_axis=1)
     _define("bellbox", "Tensor codes, Tensor scales, int columns, float zero", _bellbox, rows_axis=1)

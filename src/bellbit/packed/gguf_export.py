@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bellbit.core.grid import spread
 from bellbit.errors import BellbitError
 from bellbit.files import beside
 from bellbit.packed.bits import unpack_bits
@@ -156,12 +157,14 @@ def _add_tensor(
 
 def _as_q1_0(tensor: PackedTensor) -> Sign128 | None:
     """A weight as rows of Q1_0 have it, if it can be one: `sign128` can, and `symmetric` of one bit, whose scales
-    become float16.
+    become float16 and are repeated for every 128 columns.
     """
-    if tensor.shape[1] % SIGN_BLOCK:
+    columns = tensor.shape[1]
+    if columns % SIGN_BLOCK:
         return None
-    if isinstance(tensor, Symmetric) and tensor.width == 1 and tensor.group_size == SIGN_BLOCK:
-        return Sign128.pack(unpack_bits(tensor.codes[0], tensor.shape[1]), tensor.scales / 2)
+    if isinstance(tensor, Symmetric) and tensor.width == 1 and tensor.group_size % SIGN_BLOCK == 0:
+        scales = spread(tensor.scales / 2, columns // SIGN_BLOCK, tensor.group_size // SIGN_BLOCK)
+        return Sign128.pack(unpack_bits(tensor.codes[0], columns), scales)
     return tensor if isinstance(tensor, Sign128) else None
 
 

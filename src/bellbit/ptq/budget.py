@@ -18,7 +18,7 @@ from bellbit.ptq.blocks import Blocks
 from bellbit.ptq.collect import group_hessians
 from bellbit.ptq.distill import Front, divergence, logit_cap, teacher_states
 from bellbit.ptq.families import InputGroup
-from bellbit.ptq.methods import ALL_SIGNS, Settings, bits_of_levels
+from bellbit.ptq.methods import ALL_SIGNS, Settings, bits_of_levels, group_of
 from bellbit.ptq.stream import BlockStream, ignore
 
 # Times the median norm of a window's tokens, of those that attention rests on: 6 to 11 in blocks 3 to 10 of the demo
@@ -86,7 +86,7 @@ def rounding_losses(
     heard = BlockStream(model, every, windows[1 : 1 + HEARD] if len(windows) > 1 else windows, "cpu", 1, bf16)
     states = teacher_states(model, windows[:1], bf16)[0]
     head = model.get_output_embeddings().weight.to(states.dtype)
-    found: dict[str, float] = {}
+    columns, found = group_of(settings.bpw), dict[str, float]()
     for index, block in enumerate(every):
         hessians: dict[InputGroup, Tensor] = {}
         if "codes" in settings.rungs:
@@ -98,8 +98,8 @@ def rounding_losses(
             for linear in group.linears:
                 weight: Any = block.get_submodule(linear).weight
                 kept = weight.clone()
-                levels, scales = first_codes(kept.float(), factor, width)
-                weight.copy_(levels * spread(scales, weight.shape[1]))
+                levels, scales = first_codes(kept.float(), factor, width, columns)
+                weight.copy_(levels * spread(scales, weight.shape[1], columns))
                 with _exact_for(resting, block.get_submodule(linear), kept):
                     own = teacher_states(model, windows[:1], bf16, front=front)[0]
                 found[f"{blocks.name(index)}.{linear}"] = float(divergence(own, states, head, logit_cap(model.config)))

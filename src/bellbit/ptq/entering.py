@@ -25,7 +25,7 @@ from bellbit.ptq.families import (
 )
 from bellbit.ptq.latent import LatentLinear
 from bellbit.ptq.layers import relative_error, weight_of
-from bellbit.ptq.methods import Settings, bits_of_levels
+from bellbit.ptq.methods import Settings, bits_of_levels, group_of
 from bellbit.ptq.run import Run
 from bellbit.ptq.stream import BlockStream, ignore
 
@@ -44,7 +44,7 @@ def enter(
     if settings.columns != "none":
         head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
         fold_columns(block, family, hessians, settings.columns, head_dim)
-    run = Run()
+    run, columns = Run(), group_of(settings.bpw)
     for group in family.groups_of(block):
         hessian = hessians.pop(group, None)
         factor = inverse_factor(hessian) if hessian is not None and "codes" in settings.rungs else None
@@ -53,8 +53,8 @@ def enter(
         for linear in group.linears:
             old: Any = block.get_submodule(linear)
             weight = old.weight.detach().float()
-            levels, scales = first_codes(weight, factor, widths[linear])
-            layer = LatentLinear.starting(weight, levels, scales, widths[linear], old.bias)
+            levels, scales = first_codes(weight, factor, widths[linear], columns)
+            layer = LatentLinear.starting(weight, levels, scales, widths[linear], columns, old.bias)
             block.set_submodule(linear, layer)
             run.errors[linear] = relative_error(weight, layer.weight(), hessian)
             run.bits[linear] = bits_of_levels(weight.shape, widths[linear], settings.bpw)

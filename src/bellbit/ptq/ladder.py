@@ -25,7 +25,7 @@ from bellbit.ptq.entering import enter
 from bellbit.ptq.fit import Plan, Rates, is_norm
 from bellbit.ptq.latent import LatentLinear, latent_linears
 from bellbit.ptq.layers import layers_of, linear_shapes, put_back
-from bellbit.ptq.methods import Settings
+from bellbit.ptq.methods import Settings, group_of
 from bellbit.ptq.reconstruct import reconstruct
 from bellbit.ptq.resume import Saved
 from bellbit.ptq.run import Log, Progress, Run
@@ -193,7 +193,8 @@ def _quantize_blocks(
             layers = notes.pop("layers")
             for linear in own if not layers else ():
                 values = tensors[f"{linear}.latent"], tensors[f"{linear}.log_scales"]
-                block.set_submodule(linear, LatentLinear(*values, own[linear], tensors.get(f"{linear}.bias")))
+                bias = tensors.get(f"{linear}.bias")
+                block.set_submodule(linear, LatentLinear(*values, own[linear], group_of(settings.bpw), bias))
             put_back(block, tensors, layers)
             block.to(stream.device)
             done = Run(**notes)

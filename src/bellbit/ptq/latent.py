@@ -16,26 +16,29 @@ MARGIN = 0.05  # how far inside its cell a latent starts whose code is not that 
 class LatentLinear(nn.Module):
     """y = x·Ŵᵀ + bias, Ŵ = s·ℓ(latent) on the symmetric grid of `width` bits; trained straight through.
 
-    latent: float32 (out, in), in units of the scale. log_scales: logarithm of s, float32 (out, groups).
+    latent: float32 (out, in), in units of the scale. log_scales: logarithm of s, float32 (out, groups). group: columns
+    that share a scale.
     """
 
-    def __init__(self, latent: Tensor, log_scales: Tensor, width: int, bias: Tensor | None) -> None:
+    def __init__(self, latent: Tensor, log_scales: Tensor, width: int, group: int, bias: Tensor | None) -> None:
         super().__init__()
-        self.width = width
+        self.width, self.group = width, group
         self.latent, self.log_scales = nn.Parameter(latent.contiguous()), nn.Parameter(log_scales.contiguous())
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
 
     @classmethod
-    def starting(cls, weight: Tensor, levels: Tensor, scales: Tensor, width: int, bias: Tensor | None) -> LatentLinear:
+    def starting(
+        cls, weight: Tensor, levels: Tensor, scales: Tensor, width: int, group: int, bias: Tensor | None
+    ) -> LatentLinear:
         """With given codes: latents are the weights themselves, moved into the cell of their code where they are not.
 
         weight, levels: (out, in). scales: (out, groups).
         """
-        relative = weight / spread(scales, weight.shape[1])
+        relative = weight / spread(scales, weight.shape[1], group)
         low = levels - 0.5
         inside = nearest_levels(relative, width) == levels
         latent = torch.where(inside, relative, relative.clamp(low + MARGIN, low + 1 - MARGIN))
-        return cls(latent + 0.0, scales.log(), width, bias)
+        return cls(latent + 0.0, scales.log(), width, group, bias)
 
     @property
     def in_features(self) -> int:
@@ -43,7 +46,7 @@ class LatentLinear(nn.Module):
 
     def weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Ŵ (out, in)."""
-        return straight_through(self.latent, self.log_scales.exp(), self.width, dtype)
+        return straight_through(self.latent, self.log_scales.exp(), self.width, dtype, self.group)
 
     def forward(self, x: Tensor) -> Tensor:
         device = x.device.type

@@ -33,6 +33,7 @@ from bellbit.ptq.families import Family
 Ltdb = Literal["auto", "learn", "smooth", "off"]
 Effort = Literal["fast", "balanced", "best"]
 ALL_SIGNS = 1.125  # --bpw that asks for one sign a weight, as llama.cpp's Q1_0 stores it
+WIDE_GROUP = 1024  # columns that share a scale under any other budget
 RUNGS = ("text", "budget", "codes", "blocks", "tail", "distill")  # of the method bellbit, see docs/method.md
 LONGEST = "distill"  # of them, and climbed with the effort `best` only if nothing else is said: an epoch of it takes as
 # long as one of all blocks, and lowers the demo model's divergence by .07 at 1.8 (docs/trials.md)
@@ -197,21 +198,29 @@ def _sign(weight: Tensor, factor: InverseFactor | None, settings: Settings) -> P
 def _grid(weight: Tensor, factor: InverseFactor | None, settings: Settings) -> PackedTensor:
     widths = STEPS if settings.bpw > ALL_SIGNS else ()
     width = max((b for b in widths if bits_of_levels(weight.shape, b, settings.bpw) <= settings.bpw), default=1)
-    return pack_levels(*first_codes(weight, factor if settings.compensate else None, width), width, settings.bpw)
+    factor = factor if settings.compensate else None
+    return pack_levels(*first_codes(weight, factor, width, group_of(settings.bpw)), width, settings.bpw)
 
 
 def pack_levels(levels: Tensor, scales: Tensor, width: int, bpw: float) -> PackedTensor:
     """A weight on the symmetric grid as it is stored under a budget of `bpw` for the model.
 
-    Signs are `sign128` if it asks for nothing else. Otherwise all is `symmetric`, whose scales take half as much: that
-    buys a second bit for the weights that gain most.
+    Signs are `sign128` if it asks for nothing else. Otherwise all is `symmetric`, whose scales take little: that buys a
+    second bit for the weights that gain most. levels: (out, in). scales: (out, groups of `group_of`).
     """
-    return Sign128.pack(levels > 0, scales / 2) if bpw <= ALL_SIGNS else Symmetric.pack(levels, scales, width)
+    if bpw <= ALL_SIGNS:
+        return Sign128.pack(levels > 0, scales / 2)
+    return Symmetric.pack(levels, scales, width, group_of(bpw))
+
+
+def group_of(bpw: float) -> int:
+    """How many columns share a scale under a budget of `bpw`."""
+    return SIGN_BLOCK if bpw <= ALL_SIGNS else WIDE_GROUP
 
 
 def bits_of_levels(shape: Sequence[int], width: int, bpw: float) -> float:
     """Bits per weight that `pack_levels` stores for a weight of `shape` (out, in)."""
-    layout, options = (Sign128, {}) if bpw <= ALL_SIGNS else (Symmetric, {"width": width, "group_size": SIGN_BLOCK})
+    layout, options = (Sign128, {}) if bpw <= ALL_SIGNS else (Symmetric, {"width": width, "group_size": group_of(bpw)})
     return sum(stored_bits(layout, (shape[0], shape[1]), options).values())
 
 
