@@ -96,6 +96,7 @@ WEIGHTS = [
     symmetric(40, 256, 1),
     symmetric(33, 200, 3),
     symmetric(5, 70, 7, 48),
+    symmetric(5, 300, 2, 1024),
     codebook2(33, 256, 128, 16),
     codebook2(5, 300, 128, 8),
     codebook2(9, 130, 48, 16),

@@ -5,7 +5,7 @@ import torch
 from test_loop import windows
 from torch.nn.functional import scaled_dot_product_attention
 
-from bellbit.ptq.attention import USUAL, causal_attention, fast_attention
+from bellbit.ptq.attention import USUAL, attention_of_last, causal_attention, fast_attention
 from bellbit.ptq.distill import teacher_states
 from conftest import CONFIGS, random_model
 
@@ -32,6 +32,17 @@ def test_it_is_pytorchs_attention(length, heads, of_keys):
     gradients = (torch.autograd.grad(out, inputs, upstream) for out in (got, want))
     for own, other in zip(*gradients, strict=True):
         torch.testing.assert_close(own, other, rtol=0, atol=1e-5)  # keys' and values' are summed in float32: 5e-7
+
+
+@pytest.mark.parametrize(("heads", "of_keys"), [(2, 2), (6, 2), (3, 1)])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_attention_of_one_token_is_pytorchs(heads, of_keys, batch):
+    inputs, _ = made(50, heads, of_keys)
+    query, key, value = (t.detach() for t in inputs)
+    query = query[:, :, :1]
+    seen = torch.rand(batch, 1, 1, 50, generator=torch.Generator().manual_seed(0)) < 0.5
+    want = scaled_dot_product_attention(query, key, value, attn_mask=seen, scale=0.3, enable_gqa=True)
+    torch.testing.assert_close(attention_of_last(query, key, value, seen, 0.3), want, rtol=0, atol=1e-14)  # MEASURED
 
 
 # Gemma 2 attends by eager code, Falcon by its own; with bfloat16 routers choose other experts, which hides the rest

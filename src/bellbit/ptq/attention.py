@@ -1,4 +1,4 @@
-"""Causal attention on a CPU, for training.
+"""Causal attention on a CPU, for training and for writing.
 
 PyTorch's own takes two fifths of a decoder block's step in bfloat16: 32 ms forward and back for 9 heads of 64 and 1024
 tokens, where this takes 15; in float32 a sixth, 11 ms for 512 tokens where this takes 7. It goes through a few rows of
@@ -77,6 +77,17 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) ->
     return out.view(batch, heads, length, head_dim)
 
 
+def attention_of_last(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, scale: float) -> Tensor:
+    """Attention of one token, without a copy of keys and values for every head that reads them. No derivatives.
+
+    query: (batch, heads, 1, head_dim). key, value: (batch, heads of keys, length, head_dim). seen: bool (batch or 1, 1,
+    1, length), what it may look at. Returns the shape of query.
+    """
+    own = (query * scale).unflatten(1, (key.shape[1], -1)).flatten(2, 3)  # (batch, heads of keys, readers, head_dim)
+    scores = (own @ key.transpose(2, 3)).masked_fill_(~seen, -torch.inf)
+    return (scores.softmax(dim=-1) @ value).reshape(query.shape)
+
+
 def _forward(
     module: nn.Module,
     query: Tensor,
@@ -87,6 +98,8 @@ def _forward(
     **others: Any,
 ) -> tuple[Tensor, None]:
     """As transformers calls it; what is not plain causal attention goes the usual way."""
+    if attention_mask is not None and query.shape[2] == 1 and not torch.is_grad_enabled():
+        return attention_of_last(query, key, value, attention_mask, scaling).transpose(1, 2), None
     if attention_mask is not None or query.shape[2] != key.shape[2]:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **others)
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype

@@ -9,13 +9,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.func import functional_call
 from transformers import Cache, DynamicCache, StaticCache
 
 from bellbit.errors import BellbitError
 from bellbit.fetch import cache_dir
 from bellbit.files import beside
-from bellbit.loading import bf16_pays
+from bellbit.ptq.attention import fast_attention
 from bellbit.ptq.resume import fingerprint
 
 SELF = "self"  # as --calib
@@ -56,15 +55,14 @@ def sampled_windows(
 
 def _write(model: Any, first: int, length: int, seed: int) -> Tensor:
     """What the model draws after the token `first`, which is part of it: int64 (TOGETHER, length)."""
-    weights = {name: p.bfloat16() for name, p in model.named_parameters()} if bf16_pays("cpu") else {}
     texts = torch.full((TOGETHER, length), first)
     cache = _cache(model.config, length)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), fast_attention(model, "cpu"):
         torch.manual_seed(seed)
         for place in range(1, length):
             latest = texts[:, place - 1 : place]
-            given = {"input_ids": latest, "past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
-            texts[:, place] = _draw(functional_call(model, weights, (), given).logits[:, -1])
+            logits = model(input_ids=latest, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+            texts[:, place] = _draw(logits[:, -1])
     return texts
 
 
