@@ -42,7 +42,7 @@ def test_attention_of_one_token_is_pytorchs(heads, of_keys, batch):
     query = query[:, :, :1]
     seen = torch.rand(batch, 1, 1, 50, generator=torch.Generator().manual_seed(0)) < 0.5
     want = scaled_dot_product_attention(query, key, value, attn_mask=seen, scale=0.3, enable_gqa=True)
-    torch.testing.assert_close(attention_of_last(query, key, value, seen, 0.3), want, rtol=0, atol=1e-14)  # MEASURED
+    torch.testing.assert_close(attention_of_last(query, key, value, seen, 0.3), want, rtol=0, atol=1e-14)  # 1.2e-15
 
 
 # Gemma 2 attends by eager code, Falcon by its own; with bfloat16 routers choose other experts, which hides the rest
