@@ -94,8 +94,9 @@ def test_a_weight_of_minus_zero_has_one_sign_in_training_and_packed():
 def test_a_latent_linear_starts_with_the_codes_it_is_given_and_packs_them():
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(6, 1100, generator=generator)
+    groups = []
     for width, bpw, layout in ((1, 1.125, Sign128), (1, 1.2, Symmetric), (3, 3.1, Symmetric)):
-        group = group_of(bpw)
+        group = group_of(width, bpw)
         levels = torch.randint(0, 2**width, (6, 1100), generator=generator) - (2**width - 1) / 2
         scales = torch.rand(6, -(-1100 // group), generator=generator).half().float() + 0.5
         layer = LatentLinear.starting(weight, levels, scales, width, group, None)
@@ -106,6 +107,8 @@ def test_a_latent_linear_starts_with_the_codes_it_is_given_and_packs_them():
         torch.testing.assert_close(packed.dequantize(), expected, rtol={Sign128: 1e-3, Symmetric: 2e-3}[layout], atol=0)
         x = torch.randn(3, 1100, generator=generator)
         torch.testing.assert_close(layer(x), x @ expected.t(), rtol=1e-4, atol=1e-4)
+        groups.append(group)
+    assert groups == [128, 1024, 128]
 
 
 def test_the_robust_error_counts_large_tokens_as_small_ones_and_the_first_more():

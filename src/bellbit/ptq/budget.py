@@ -86,7 +86,7 @@ def rounding_losses(
     heard = BlockStream(model, every, windows[1 : 1 + HEARD] if len(windows) > 1 else windows, "cpu", 1, bf16)
     states = teacher_states(model, windows[:1], bf16)[0]
     head = model.get_output_embeddings().weight.to(states.dtype)
-    columns, found = group_of(settings.bpw), dict[str, float]()
+    columns, found = group_of(width, settings.bpw), dict[str, float]()
     for index, block in enumerate(every):
         hessians: dict[InputGroup, Tensor] = {}
         if "codes" in settings.rungs:

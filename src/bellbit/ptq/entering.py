@@ -44,7 +44,7 @@ def enter(
     if settings.columns != "none":
         head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
         fold_columns(block, family, hessians, settings.columns, head_dim)
-    run, columns = Run(), group_of(settings.bpw)
+    run = Run()
     for group in family.groups_of(block):
         hessian = hessians.pop(group, None)
         factor = inverse_factor(hessian) if hessian is not None and "codes" in settings.rungs else None
@@ -53,12 +53,13 @@ def enter(
         for linear in group.linears:
             old: Any = block.get_submodule(linear)
             weight = old.weight.detach().float()
-            levels, scales = first_codes(weight, factor, widths[linear], columns)
-            layer = LatentLinear.starting(weight, levels, scales, widths[linear], columns, old.bias)
+            width, columns = widths[linear], group_of(widths[linear], settings.bpw)
+            levels, scales = first_codes(weight, factor, width, columns)
+            layer = LatentLinear.starting(weight, levels, scales, width, columns, old.bias)
             block.set_submodule(linear, layer)
             run.errors[linear] = relative_error(weight, layer.weight(), hessian)
-            run.bits[linear] = bits_of_levels(weight.shape, widths[linear], settings.bpw)
-            run.nominal[linear] = widths[linear]
+            run.bits[linear] = bits_of_levels(weight.shape, width, settings.bpw)
+            run.nominal[linear] = width
     return run
 
 

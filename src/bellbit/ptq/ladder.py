@@ -194,7 +194,8 @@ def _quantize_blocks(
             for linear in own if not layers else ():
                 values = tensors[f"{linear}.latent"], tensors[f"{linear}.log_scales"]
                 bias = tensors.get(f"{linear}.bias")
-                block.set_submodule(linear, LatentLinear(*values, own[linear], group_of(settings.bpw), bias))
+                columns = group_of(own[linear], settings.bpw)
+                block.set_submodule(linear, LatentLinear(*values, own[linear], columns, bias))
             put_back(block, tensors, layers)
             block.to(stream.device)
             done = Run(**notes)
