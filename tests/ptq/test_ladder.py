@@ -104,7 +104,10 @@ def test_a_latent_linear_starts_with_the_codes_it_is_given_and_packs_them():
         torch.testing.assert_close(layer.weight(), expected)
         packed = layer.packed(bpw)
         assert isinstance(packed, layout)
-        torch.testing.assert_close(packed.dequantize(), expected, rtol={Sign128: 1e-3, Symmetric: 2e-3}[layout], atol=0)
+        tolerance = {Sign128: 1e-3, Symmetric: 2.2e-3}[
+            layout
+        ]  # half a step, where scales span log2(3) octaves: 2.15e-3
+        torch.testing.assert_close(packed.dequantize(), expected, rtol=tolerance, atol=0)
         x = torch.randn(3, 1100, generator=generator)
         torch.testing.assert_close(layer(x), x @ expected.t(), rtol=1e-4, atol=1e-4)
         groups.append(group)
