@@ -37,17 +37,18 @@ NB_MODULE(_kernels, m) {
       .def(
           "__init__",
           [](Planes* self, Address bits, int64_t planes, int64_t rows, int64_t columns, int64_t plane_stride,
-             int64_t row_stride, int64_t block_stride, int64_t group, int grid, Address scales, Address zeros, float zero, double top,
-             double step) {
-            new (self) Planes{at<const uint8_t>(bits), planes, rows, columns, plane_stride, row_stride, block_stride, group,
-                              static_cast<Grid>(grid), at<const void>(scales), at<const uint8_t>(zeros), zero, {}};
+             int64_t row_stride, int64_t block_stride, int64_t group, int grid, Address scales, Address zeros,
+             float zero, double top, double step) {
+            new (self) Planes{at<const uint8_t>(bits), planes, rows, columns, plane_stride, row_stride, block_stride,
+                              group, static_cast<Grid>(grid), at<const void>(scales), at<const uint8_t>(zeros), zero,
+                              {}};
             // kTable: the logarithms (base 2) of the largest scale and of the ratio of two neighbours
             for (int i = 0; i < 256 && self->grid == Grid::kTable; i++)
               self->table[i] = static_cast<float>(std::exp2(top - step * i));
           },
           nb::arg("bits"), nb::arg("planes"), nb::arg("rows"), nb::arg("columns"), nb::arg("plane_stride"),
-          nb::arg("row_stride"), nb::arg("block_stride"), nb::arg("group"), nb::arg("grid"), nb::arg("scales"), nb::arg("zeros"),
-          nb::arg("zero"), nb::arg("top"), nb::arg("step"));
+          nb::arg("row_stride"), nb::arg("block_stride"), nb::arg("group"), nb::arg("grid"), nb::arg("scales"),
+          nb::arg("zeros"), nb::arg("zero"), nb::arg("top"), nb::arg("step"));
 
   nb::class_<Codebook>(m, "Codebook")
       .def(

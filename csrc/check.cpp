@@ -131,6 +131,7 @@ void check_planes(const Kernels& k, int64_t rows, int64_t columns) {
 
   for (int64_t planes = 1; planes <= 8; planes++) {
     const int64_t group = 1 + planes % 3, groups = (blocks + group - 1) / group;
+    const auto group_at = [&](int64_t r, int64_t c) { return static_cast<size_t>(r * groups + c / (group * kBlock)); };
     std::vector<uint8_t> codes(static_cast<size_t>(planes * rows * width)), zeros(static_cast<size_t>(rows * groups)),
         numbers(zeros.size());
     float table[256];
@@ -150,7 +151,7 @@ void check_planes(const Kernels& k, int64_t rows, int64_t columns) {
     };
     for (int64_t r = 0; r < rows; r++)
       for (int64_t c = 0; c < columns; c++) {
-        const auto g = static_cast<size_t>(r * groups + c / (group * kBlock));
+        const size_t g = group_at(r, c);
         dense[dense_at(r, c)] = scale_values[g] * (code(r, c) - zeros[g]);
       }
     const Planes uniform_grid{codes.data(), planes, rows, columns, rows * width, width, 16, group, Grid::kHalves,
@@ -159,8 +160,7 @@ void check_planes(const Kernels& k, int64_t rows, int64_t columns) {
     const float middle = static_cast<float>((1 << planes) - 1) / 2;
     for (int64_t r = 0; r < rows; r++)
       for (int64_t c = 0; c < columns; c++)
-        dense[dense_at(r, c)] =
-            table[numbers[static_cast<size_t>(r * groups + c / (group * kBlock))]] * static_cast<double>(code(r, c) - middle);
+        dense[dense_at(r, c)] = table[numbers[group_at(r, c)]] * static_cast<double>(code(r, c) - middle);
     Planes symmetric{codes.data(), planes, rows, columns, rows * width, width, 16, group, Grid::kTable,
                      numbers.data(), nullptr, middle, {}};
     std::copy(table, table + 256, symmetric.table);

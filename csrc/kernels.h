@@ -22,7 +22,7 @@ struct Planes {
   const uint8_t* bits;  // first byte of plane 0, row 0, block 0
   int64_t planes, rows, columns;
   int64_t plane_stride, row_stride, block_stride;  // bytes; a block is 16 bytes of bits, the last may be shorter
-  int64_t group;  // blocks that share a scale; of kSign128 1
+  int64_t group;         // blocks that share a scale; of kSign128 1
   Grid grid;
   const void* scales;    // kSign128: unused
   const uint8_t* zeros;  // kHalves; null where `zero` serves
