@@ -15,6 +15,7 @@ from bellbit.errors import BellbitError
 from bellbit.evaluate import perplexity
 from bellbit.exporting import export_gguf
 from bellbit.figures import draw_map
+from bellbit.loading import cpu_name
 from bellbit.ptq.distill import teacher_states
 from bellbit.ptq.resume import Saved
 from bellbit.report import comparison_table
@@ -127,7 +128,8 @@ def test_a_row_is_what_its_method_gives(request_, tiny_model, tmp_path):
     plain = measure(request_, "none", tmp_path)
     assert (plain.bits_per_weight, plain.seconds, plain.divergence[text]) == (16, None, 0)
     assert row.divergence[text] > 0 and row.perplexity[text] != plain.perplexity[text]
-    assert row.seconds > 0 and row.peak_bytes > 10**8
+    assert row.seconds > 0 and row.peak_bytes > 10**8 and row.epochs is None
+    assert row.machine == cpu_name()
     assert [path.name for path in tmp_path.iterdir()] == [ORIGINAL]
     (tmp_path / "sign").mkdir()
     (tmp_path / "sign" / "mine").touch()
@@ -156,7 +158,7 @@ def test_a_checkpoint_and_a_gguf_file_are_measured_as_they_are(request_, tmp_pat
 def test_rows_are_kept_and_belong_to_their_request(request_, tmp_path, monkeypatch):
     asked = []
 
-    def fake(request, spec, out):
+    def fake(request, spec, out, progress):
         asked.append(spec)
         assert not (out / ORIGINAL).exists()
         return comparing.Row(spec, 1.5, {request.data: 20.0}, {request.data: 0.1}, {request.data: 0.9}, 3.0, 10**9)
@@ -183,6 +185,31 @@ def test_files_of_different_texts_have_different_names():
     texts = ["book.txt[:10%]", "book.txt[10%:]", "a_b.txt", "a-b.txt", "a/b.txt", "gptq:bits=2"]
     names = {comparing._file_name(text) for text in texts}
     assert len(names) == len(texts) and not any("/" in name for name in names)
+
+
+def test_a_row_tells_how_far_it_is_and_how_much_was_trained(request_, tmp_path):
+    spec, told = "bellbit:effort=fast:rungs=codes+blocks", []
+    (row,) = compare(request_, [spec], tmp_path, lambda *done: told.append(done))
+    shares = [share for share, _ in told]
+    assert shares == sorted(shares) and 0.5 < shares[-1] < 1
+    assert any(text.startswith(f"{spec}: block 2/") for _, text in told)
+    assert row.epochs == {"blocks": 1, "tail": 0, "distilled": 0}
+
+
+def test_the_memory_of_a_row_that_went_on_is_not_known(request_, tmp_path, monkeypatch):
+    def cut_off(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("bellbit.ptq.loop.Run.check", cut_off)
+        measure(request_, "gptq", tmp_path)
+    assert measure(request_, "gptq", tmp_path).peak_bytes is None
+
+
+def test_texts_are_told_apart_by_commas_that_are_in_no_name(tmp_path):
+    assert comparing.texts("wiki-sample, python-docs") == ["wiki-sample", "python-docs"]
+    (tmp_path / "a,b.txt").touch()
+    assert comparing.texts(f"{tmp_path}/a,b.txt") == [f"{tmp_path}/a,b.txt"]
 
 
 def test_a_row_that_fails_is_named(request_, tmp_path):

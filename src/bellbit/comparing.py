@@ -8,10 +8,11 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 from urllib.parse import quote
 
@@ -21,18 +22,20 @@ from bellbit.errors import BellbitError
 from bellbit.evaluate import perplexity
 from bellbit.files import write_text
 from bellbit.inspection import inspect
-from bellbit.loading import load_config, load_model, load_tokenizer, locate, window_length
+from bellbit.loading import cpu_name, load_config, load_model, load_tokenizer, locate, window_length
 from bellbit.memory import peak_memory
 from bellbit.ptq.distill import teacher_states
-from bellbit.ptq.effort import own_windows
+from bellbit.ptq.effort import efforts, own_windows
 from bellbit.ptq.methods import METHODS, Settings
-from bellbit.ptq.quantize import log_file, quantize
+from bellbit.ptq.quantize import log_file, partial_run, quantize
 from bellbit.ptq.resume import Saved
+from bellbit.ptq.run import Progress
 
 NONE = "none"  # the model as it is
 ROWS = "compare.rows"  # folder of checkpoints that are being made or measured
 ORIGINAL = "compare.original"  # folder of what the model as it is gives, until all rows are measured
 SEED = "seed"  # option of a row whose seed is not the request's
+QUANTIZED = 0.95  # of a row's time, if it trains; only the progress bar depends on it
 FILE = "file:"  # and a path: a checkpoint or .gguf file that is there already
 DEFAULT = (
     NONE,
@@ -41,7 +44,9 @@ DEFAULT = (
     "gptq:bits=2",
     "gptq:bits=2:block_size=64",
     "gptq:bits=3",
+    "gptq:bits=3:block_size=64",
     "gptq:bits=4",
+    "gptq:bits=4:block_size=64",
     "billm",
     "pb-llm",
     "arb",
@@ -51,6 +56,7 @@ DEFAULT = (
     "dbellquant",
     "bellbit",
     "bellbit:bpw=1.14",
+    "bellbit:bpw=2.07",
     "bellbit:bpw=2.4",
     "bellbit:bpw=2.95",
 )
@@ -75,7 +81,8 @@ class Request:
 @dataclass(frozen=True)
 class Row:
     """One method. perplexity, divergence (mean KL from full precision, nats) and same_top (share of positions with the
-    same likeliest token) are by text. seconds, peak_bytes: of quantization, all included; None for the model as it is.
+    same likeliest token) are by text. seconds, peak_bytes: of quantization, all included; None for the model as it is,
+    and the memory of a row that was cut off and went on. machine: its CPU. epochs: of each rung that trains, if any do.
     """
 
     spec: str
@@ -85,6 +92,13 @@ class Row:
     same_top: dict[str, float]
     seconds: float | None
     peak_bytes: int | None
+    machine: str | None = None
+    epochs: dict[str, int] | None = None
+
+
+def texts(data: str) -> list[str]:
+    """What a comparison measures on, one by one."""
+    return [data] if Path(data).is_file() else [text.strip() for text in data.split(",")]
 
 
 def parse(spec: str) -> tuple[str, dict[str, Any], int | None]:
@@ -165,35 +179,51 @@ def compare(request: Request, specs: Iterable[str], out: Path, progress: Callabl
     for done, spec in enumerate(wanted):
         progress(done / len(wanted), spec)
         if spec not in known["rows"]:
-            known["rows"][spec] = asdict(_measure_apart(request, spec, out))
+
+            def report(share: float, text: str, done: int = done, spec: str = spec) -> None:
+                progress((done + share) / len(wanted), f"{spec}: {text}")
+
+            known["rows"][spec] = asdict(_measure_apart(request, spec, out, report))
             write_text(file, json.dumps(known, indent=2) + "\n")
     shutil.rmtree(out / ORIGINAL, ignore_errors=True)
     return [Row(**known["rows"][spec]) for spec in wanted]
 
 
-def _measure_apart(request: Request, spec: str, out: Path) -> Row:
+def _measure_apart(request: Request, spec: str, out: Path, progress: Progress) -> Row:
     """In a process of its own, so that its peak of memory is this row's alone."""
     told = json.dumps({"request": asdict(request), "spec": spec, "out": str(out)})
-    done = subprocess.run([sys.executable, "-m", "bellbit.comparing"], input=told, capture_output=True, text=True)
-    if done.returncode != 0:
-        reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
+    command = [sys.executable, "-m", "bellbit.comparing", told]
+    row: Row | None = None
+    with TemporaryFile("w+") as errors:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                said = json.loads(line)
+                if isinstance(said, dict):
+                    row = Row(**said)
+                else:
+                    progress(*said)
+        if process.returncode == 0 and row is not None:
+            return row
+        errors.seek(0)
+        reason = (errors.read().strip().splitlines() or ["no output"])[-1]
         raise BellbitError(f"{spec}: {reason}")
-    return Row(**json.loads(done.stdout.splitlines()[-1]))
 
 
-def measure(request: Request, spec: str, out: Path) -> Row:
+def measure(request: Request, spec: str, out: Path, progress: Progress = lambda share, text: None) -> Row:
     """One row, here and now. out: an existing folder; the checkpoint is there until it is measured."""
     method, options, seed = parse(spec)
     location = locate(request.model)
     checkpoint = out / ROWS / _file_name(spec)
     kept = Saved(out / ORIGINAL, resume=True)  # hidden states take a hundredth of the logits' size
-    bits, seconds, peak = 16.0, None, None
+    bits, seconds, peak, epochs = 16.0, None, None, None
     result = location
     try:
         if spec.startswith(FILE):
             result = locate(spec.removeprefix(FILE))
             bits = inspect(result).linears.bits_per_weight
         elif method != NONE:
+            cut_off = partial_run(checkpoint).exists()
             report = quantize(
                 request.model,
                 checkpoint,
@@ -204,9 +234,13 @@ def measure(request: Request, spec: str, out: Path) -> Row:
                 seed=request.seed if seed is None else seed,
                 overwrite=True,
                 resume=True,
+                progress=lambda share, text: progress(QUANTIZED * share, text),
                 **options,
             )
-            bits, seconds, peak = report.bits_per_weight, report.seconds, peak_memory()
+            bits, seconds = report.bits_per_weight, report.seconds
+            peak = None if cut_off else peak_memory()
+            settings = Settings(method, **options)
+            epochs = asdict(efforts(settings)) if METHODS[method].climbs else None
             result = locate(report.out)
         config = load_config(location)
         original = load_model(location, "float32", config)
@@ -214,7 +248,8 @@ def measure(request: Request, spec: str, out: Path) -> Row:
         tokenizer = load_tokenizer(location)
         length = window_length(config, request.seq_len)
         found: dict[str, dict[str, float]] = {"perplexity": {}, "divergence": {}, "same_top": {}}
-        for source in request.data.split(","):
+        for source in texts(request.data):
+            progress(QUANTIZED, f"measuring on {source}")
             windows = evaluation_windows(load_corpus(source, "test"), tokenizer, length, request.windows)
             if result is location:
                 found["perplexity"][source] = perplexity(model, windows).perplexity
@@ -224,7 +259,7 @@ def measure(request: Request, spec: str, out: Path) -> Row:
             nearness = Agreement(logits_of_original(original, windows, states))
             found["perplexity"][source] = perplexity(model, windows, watch=nearness.add).perplexity
             found["divergence"][source], found["same_top"][source] = nearness.divergence, nearness.same_top
-        return Row(spec, bits, **found, seconds=seconds, peak_bytes=peak)
+        return Row(spec, bits, **found, seconds=seconds, peak_bytes=peak, machine=cpu_name(), epochs=epochs)
     finally:
         shutil.rmtree(checkpoint, ignore_errors=True)
         log_file(checkpoint).unlink(missing_ok=True)
@@ -237,9 +272,17 @@ def _file_name(text: str) -> str:
     return quote(text, safe="=[]+,")
 
 
+def _answer(told: str) -> None:
+    """What `_measure_apart` asks of the other process: a line [share, text] now and again, and the row as the last."""
+    asked = json.loads(told)
+    request, spec, out = Request(**asked["request"]), asked["spec"], Path(asked["out"])
+    with redirect_stdout(sys.stderr):  # libraries may write, too
+        row = measure(request, spec, out, lambda *done: print(json.dumps(done), file=sys.__stdout__, flush=True))
+    print(json.dumps(asdict(row)))
+
+
 if __name__ == "__main__":
-    told = json.loads(sys.stdin.read())
     try:
-        print(json.dumps(asdict(measure(Request(**told["request"]), told["spec"], Path(told["out"])))))
+        _answer(sys.argv[1])
     except BellbitError as error:
         sys.exit(" ".join(str(error).split()))  # one line, see `_measure_apart`

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -178,12 +179,23 @@ def bf16_pays(device: str) -> bool:
     return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def _made_by_intel() -> bool:
+def _cpu_info() -> str:
     try:
-        cpu = CPU_INFO.read_text(errors="replace")
+        return CPU_INFO.read_text(errors="replace")
     except OSError:
-        cpu = platform.processor()  # no more than the architecture on Linux
-    return "GenuineIntel" in cpu
+        return platform.processor()  # no more than the architecture on Linux
+
+
+def _made_by_intel() -> bool:
+    return "GenuineIntel" in _cpu_info()
+
+
+def cpu_name() -> str:
+    """The CPU and how many of its cores are used, in words; virtual machines often hide the name, not the family."""
+    told = dict(re.findall(r"^(model name|cpu family|model)\s*:\s*(.+?)\s*$", _cpu_info(), flags=re.MULTILINE))
+    name = told.get("model name") or platform.processor() or platform.machine()
+    numbers = f" (family {told['cpu family']}, model {told['model']})" if {"cpu family", "model"} <= told.keys() else ""
+    return f"{name}{numbers}, {torch.get_num_threads()} threads"
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from bellbit.memory import peak_memory
 from bellbit.packed.linears import unfuse
 from bellbit.ptq.blocks import skeleton
 from bellbit.ptq.budget import mixes_widths, widths_alike
-from bellbit.ptq.effort import PIECE, TAIL, efforts
+from bellbit.ptq.effort import FIRST_BLOCKS, PIECE, TAIL, efforts
 from bellbit.ptq.families import FAMILIES, check_foldable, family_of
 from bellbit.ptq.layers import linear_shapes, weight_of
 from bellbit.ptq.methods import METHODS, Settings, bits_of_levels
@@ -257,7 +257,8 @@ def _seconds(
             after = sizes.parameters - sizes.weights / 2
             found["bit budget"] = codes + len(sizes.shapes) * 2 * after * length / host_speed
         effort, share = efforts(settings), min(1.0, TAIL / len(sizes.blocks))
-        blockwise = (effort.blocks + share * effort.tail + effort.distilled) * sizes.weights
+        alone = effort.blocks * (1 + min(1.0, FIRST_BLOCKS / len(sizes.blocks)))
+        blockwise = (alone + share * effort.tail + effort.distilled) * sizes.weights
         head = (effort.tail + effort.distilled) * (sizes.parameters - sizes.weights)
         found["training"] = tokens * (blockwise * (6 / speed + WEIGHT_SECONDS) + head * 6 / speed)
     return found

@@ -16,7 +16,7 @@ from bellbit.ptq.blocks import Blocks
 from bellbit.ptq.collect import FEWEST_TOKENS
 from bellbit.ptq.distill import Front, check_head, divergence, teacher_states
 from bellbit.ptq.families import fold_along_chain, linear_names, shared_by_heads
-from bellbit.ptq.fit import Plan, Rates, fit, parameter_groups
+from bellbit.ptq.fit import Plan, Rates, clip, fit, parameter_groups, squared_cosine
 from bellbit.ptq.ladder import climb
 from bellbit.ptq.latent import LatentLinear
 from bellbit.ptq.methods import RUNGS, Settings, bits_of_levels, group_of
@@ -87,8 +87,8 @@ def test_column_scales_and_their_hessians_leave_the_output_error_as_it_is(name):
 
 def test_a_weight_of_minus_zero_has_one_sign_in_training_and_packed():
     weight = torch.full((1, 16), -0.0)
-    layer = LatentLinear.starting(weight, torch.full((1, 16), 0.5), torch.ones(1, 1), 1, 128, None)
-    assert torch.equal(layer.weight(), layer.packed(1.125).dequantize())
+    layer = LatentLinear.starting(weight, torch.full((1, 16), 0.5), torch.ones(1, 1), 1, 1.125, None)
+    assert torch.equal(layer.weight(), layer.packed().dequantize())
 
 
 def test_a_latent_linear_starts_with_the_codes_it_is_given_and_packs_them():
@@ -99,10 +99,10 @@ def test_a_latent_linear_starts_with_the_codes_it_is_given_and_packs_them():
         group = group_of(width, bpw)
         levels = torch.randint(0, 2**width, (6, 1100), generator=generator) - (2**width - 1) / 2
         scales = 0.8 * torch.rand(6, -(-1100 // group), generator=generator) + 0.5  # 1.38 octaves: half a step is .19 %
-        layer = LatentLinear.starting(weight, levels, scales, width, group, None)
+        layer = LatentLinear.starting(weight, levels, scales, width, bpw, None)
         expected = levels * scales.repeat_interleave(group, dim=1)[:, :1100]
         torch.testing.assert_close(layer.weight(), expected)
-        packed = layer.packed(bpw)
+        packed = layer.packed()
         assert isinstance(packed, layout)
         torch.testing.assert_close(packed.dequantize(), expected, rtol={Sign128: 1e-3, Symmetric: 2e-3}[layout], atol=0)
         x = torch.randn(3, 1100, generator=generator)
@@ -228,14 +228,16 @@ def test_a_run_cut_off_anywhere_goes_on_to_the_same_bytes(tmp_path, briefly, who
 
     with pytest.raises(Cut):
         climbed(effort="best", saved=Saved(tmp_path / "partial", {}, False, False), progress=cut)
-    done = []
+    told = []
     found, run = climbed(
         effort="best",
         saved=Saved(tmp_path / "partial", {}, True, False),
-        progress=lambda share, text: done.append(share) if "reconstruction" in text else None,
+        progress=lambda *done: told.append(done),
     )
     assert len(run.errors) == 14
-    assert stop < 0.5 or not done, "blocks that are done are not trained again"
+    assert stop < 0.5 or not any("reconstruction" in text for _, text in told), "blocks are not trained again"
+    if stop == 0.55:  # in the second epoch of the tail, which is two from .46 to .56
+        assert min(share for share, text in told if text.startswith("last")) > 0.5, "the first is not done again"
     for name, layer in packed_linears(whole).items():
         other = packed_linears(found)[name]
         assert all(torch.equal(a, other.packed.tensors[key]) for key, a in layer.packed.tensors.items())
@@ -389,6 +391,47 @@ def test_an_error_that_is_no_number_ends_training():
     plan = Plan(windows=3, held_back=1, epochs=1, rates=Rates(0.1, 0.1, 0.1), seed=0)
     with pytest.raises(BellbitError, match="the error on the text held back is nan before anything is trained"):
         fit(torch.nn.RMSNorm(4), lambda index: torch.tensor(math.nan), plan, lambda *_: None)
+
+
+def test_the_best_epoch_stays_and_what_is_held_back_trains_nothing():
+    norm, plan = torch.nn.RMSNorm(4), Plan(windows=6, held_back=2, epochs=3, rates=Rates(0, 0, 0.1), seed=0)
+    held, trained = iter([5.0, 5.0, 3.0, 3.0, 1.0, 2.0, 9.0, 9.0]), []
+    seen = {}
+
+    def error(index):
+        if torch.is_grad_enabled():
+            trained.append(index)
+            return norm.weight.sum()
+        assert index >= plan.trained
+        value = next(held)
+        seen[value] = norm.weight.detach().clone()
+        return torch.tensor(value)
+
+    assert fit(norm, error, plan, lambda *_: None) == [5, 3, 1.5, 9]
+    assert [sorted(trained[i : i + 4]) for i in (0, 4, 8)] == [[0, 1, 2, 3]] * 3
+    assert torch.equal(norm.weight, seen[1.0]) and not torch.equal(norm.weight, seen[9.0])
+    assert norm.weight.grad is None
+
+
+def test_the_rate_rises_and_falls_to_nothing():
+    shares = [squared_cosine(step, 100) for step in range(101)]
+    assert shares[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert shares[5] == 1 and shares[5:] == sorted(shares[5:], reverse=True)
+    assert squared_cosine(52, 99) == pytest.approx(0.25)  # half-way from step 5 to 99
+    assert shares[100] == pytest.approx(0)
+
+
+def test_only_long_gradients_are_shortened():
+    short, long = [torch.tensor([0.3]), torch.tensor([0.4])], [torch.tensor([3.0]), torch.tensor([4.0])]
+    for gradients in (short, long):
+        clip(gradients)
+    assert [float(g) for g in short] == pytest.approx([0.3, 0.4])
+    assert [float(g) for g in long] == pytest.approx([0.6, 0.8])
+
+
+def test_rates_are_those_of_what_most_weights_are():
+    assert effort.pace(1.14) is effort.SIGN_PACE and effort.pace(1.59) is effort.SIGN_PACE
+    assert effort.pace(1.6) is effort.FINER_PACE and effort.pace(2.4) is effort.FINER_PACE
 
 
 def test_norms_are_trained_by_the_size_of_what_they_multiply_by():

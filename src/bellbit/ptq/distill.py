@@ -17,9 +17,8 @@ from bellbit.ptq.fit import Plan, fit
 from bellbit.ptq.resume import Saved
 from bellbit.ptq.stream import acting, giving
 
-TOKENS_AT_ONCE = (
-    128  # through the head: an array of logits of 128 × 49152 is 25 MB, and malloc maps anew what is over 32
-)
+# Through the head: an array of logits of 128 × 49152 is 25 MB, and malloc maps anew what is over 32.
+TOKENS_AT_ONCE = 128
 HEAD_TOKENS = 32  # that are looked at to see whether a model's head is as it is taken to be
 
 
@@ -139,12 +138,13 @@ def distill(
     bf16: bool,
     report: Callable[[float, float], None],
     saved: Saved | None = None,
+    kept_as: str = "fit",
     front: Front | None = None,
 ) -> list[float]:
     """Train the part `trained` of a model, in place: scales and norms, and with a rate for them latents.
 
-    windows: int64 (n, length). states: of the teacher on them. Returns the mean divergence on the windows held back,
-    nats, before training and after every epoch.
+    windows: int64 (n, length). states: of the teacher on them. saved, kept_as: see `fit`. Returns the mean divergence
+    on the windows held back, nats, before training and after every epoch.
     """
     head = model.get_output_embeddings().weight.detach().to(states.dtype)
 
@@ -152,4 +152,4 @@ def distill(
         own = last_states(model, windows, index, bf16, front)
         return divergence(own, states[index], head, logit_cap(model.config))
 
-    return fit(trained, error, plan, report, saved)
+    return fit(trained, error, plan, report, saved, kept_as)

@@ -53,12 +53,12 @@ def enter(
         for linear in group.linears:
             old: Any = block.get_submodule(linear)
             weight = old.weight.detach().float()
-            width, columns = widths[linear], group_of(widths[linear], settings.bpw)
-            levels, scales = first_codes(weight, factor, width, columns)
-            layer = LatentLinear.starting(weight, levels, scales, width, columns, old.bias)
+            width, bpw = widths[linear], settings.bpw
+            levels, scales = first_codes(weight, factor, width, group_of(width, bpw))
+            layer = LatentLinear.starting(weight, levels, scales, width, bpw, old.bias)
             block.set_submodule(linear, layer)
             run.errors[linear] = relative_error(weight, layer.weight(), hessian)
-            run.bits[linear] = bits_of_levels(weight.shape, width, settings.bpw)
+            run.bits[linear] = bits_of_levels(weight.shape, width, bpw)
             run.nominal[linear] = width
     return run
 

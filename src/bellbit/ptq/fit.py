@@ -17,7 +17,6 @@ from bellbit.ptq.resume import Saved
 WARM_UP = 0.05  # share of the steps
 LARGEST_NORM = 1.0  # of the gradient
 BETAS = (0.9, 0.95)
-_STEP = "fit"  # name of what is kept
 
 
 @dataclass(frozen=True)
@@ -98,8 +97,8 @@ def clip(gradients: list[Tensor]) -> None:
 class _State:
     """Where a fit stands: what is trained, the best of it so far, and how many epochs are done."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer, saved: Saved | None) -> None:
-        self.optimizer, self.saved = optimizer, saved
+    def __init__(self, optimizer: torch.optim.Optimizer, saved: Saved | None, kept_as: str) -> None:
+        self.optimizer, self.saved, self.kept_as = optimizer, saved, kept_as
         self.tuned: list[Tensor] = [p for group in optimizer.param_groups for p in group["params"]]
         self.best: list[Tensor] = []
         self.errors: list[float] = []
@@ -123,12 +122,12 @@ class _State:
         tensors = {f"best.{i}": p for i, p in enumerate(self.best)} | {f"now.{i}": p for i, p in enumerate(self.tuned)}
         for i, moments in self.optimizer.state_dict()["state"].items():
             tensors |= {f"adam.{i}.{name}": value for name, value in moments.items()}
-        self.saved.keep(_STEP, tensors, errors=self.errors)
+        self.saved.keep(self.kept_as, tensors, errors=self.errors)
 
     @torch.no_grad()
     def restore(self) -> bool:
         """Go to where an earlier run stood; False if there was none."""
-        if self.saved is None or (found := self.saved.load(_STEP)) is None:
+        if self.saved is None or (found := self.saved.load(self.kept_as)) is None:
             return False
         tensors, notes = found
         self.errors = notes["errors"]
@@ -155,11 +154,13 @@ def fit(
     plan: Plan,
     report: Callable[[float, float], None],
     saved: Saved | None = None,
+    kept_as: str = "fit",
 ) -> list[float]:
     """Train a module in place, one window a step; the best state by the windows held back stays.
 
     error: of one window, a scalar. report: told the share of steps done and the least mean error held back. saved:
-    keeps the state of every epoch and takes up one that it has. Returns that error before training and after epochs.
+    keeps the state of every epoch under the name `kept_as`, and takes up one that it has. Returns that error before
+    training and after epochs.
     Raises BellbitError if it is no number before training.
     """
     groups = parameter_groups(module, plan.rates, plan.norm_offset)
@@ -175,7 +176,7 @@ def fit(
         with torch.no_grad():
             return sum(float(error(i)) for i in range(plan.trained, plan.windows)) / plan.held_back
 
-    state = _State(optimizer, saved)
+    state = _State(optimizer, saved, kept_as)
     if not state.restore():
         state.add(held())
     for epoch in range(state.epochs, plan.epochs):

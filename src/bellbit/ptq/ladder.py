@@ -25,7 +25,7 @@ from bellbit.ptq.entering import enter
 from bellbit.ptq.fit import Plan, Rates, is_norm
 from bellbit.ptq.latent import LatentLinear, latent_linears
 from bellbit.ptq.layers import layers_of, linear_shapes, put_back
-from bellbit.ptq.methods import Settings, group_of
+from bellbit.ptq.methods import Settings
 from bellbit.ptq.reconstruct import reconstruct
 from bellbit.ptq.resume import Saved
 from bellbit.ptq.run import Log, Progress, Run
@@ -101,7 +101,7 @@ def climb(
         told = _telling(whole, "distillation")
         distill(model, model, whole_pieces.to(device), states.to(device), plan, bf16, told, saved)
     if effort.whole:
-        _pack(model, settings.bpw)
+        _pack(model)
         model.to("cpu")
     return run
 
@@ -121,10 +121,10 @@ def takes_whole(settings: Settings, shapes: Mapping[str, Sequence[int]]) -> bool
     return efforts(settings).whole or mixes_widths(settings, shapes)
 
 
-def _pack(module: nn.Module, bpw: float) -> None:
+def _pack(module: nn.Module) -> None:
     """Make the layers in training what they are stored as."""
     for name, layer in latent_linears(module).items():
-        module.set_submodule(name, PackedLinear.holding(layer.packed(bpw), bias=layer.bias))
+        module.set_submodule(name, PackedLinear.holding(layer.packed(), bias=layer.bias))
 
 
 def _parts(progress: Progress, *costs: float) -> list[Progress]:
@@ -194,8 +194,7 @@ def _quantize_blocks(
             for linear in own if not layers else ():
                 values = tensors[f"{linear}.latent"], tensors[f"{linear}.log_scales"]
                 bias = tensors.get(f"{linear}.bias")
-                columns = group_of(own[linear], settings.bpw)
-                block.set_submodule(linear, LatentLinear(*values, own[linear], columns, bias))
+                block.set_submodule(linear, LatentLinear(*values, own[linear], settings.bpw, bias))
             put_back(block, tensors, layers)
             block.to(stream.device)
             done = Run(**notes)
@@ -209,7 +208,7 @@ def _quantize_blocks(
             sizes = {linear: layer.latent.numel() for linear, layer in latent_linears(block).items()}
             done.seconds = {linear: seconds * size / sum(sizes.values()) for linear, size in sizes.items()}
             if not effort.whole:
-                _pack(block, settings.bpw)
+                _pack(block)
             saved.keep(name, block.state_dict(), **asdict(done), layers=layers_of(block))
         run.add(name, done)
         log(name, done)
@@ -246,5 +245,5 @@ def _train_tail(
     progress(0, "what the model itself says")
     states = teacher_states(model, pieces, stream.bf16, front=end)
     told = _telling(progress, f"last {len(every[-TAIL:])} blocks")
-    distill(model, tail, pieces, states, plan, stream.bf16, told, front=front)
+    distill(model, tail, pieces, states, plan, stream.bf16, told, saved, f"{_TAIL_STEP}.fit", front)
     saved.keep(_TAIL_STEP, tail.state_dict())

@@ -38,8 +38,15 @@ RUNGS = ("text", "budget", "codes", "blocks", "tail", "distill")  # of the metho
 LONGEST = "distill"  # of them, and climbed with the effort `best` only if nothing else is said: an epoch of it takes as
 # long as one of all blocks, and lowers the demo model's divergence by .07 at 1.8 (docs/trials.md)
 # Options that decide what is stored, and the methods that read them: no other may be given them.
+_BRAQ = ("dbellquant", "billm", "arb", "arb-x")
 OWN_OPTIONS = {
     "bits": ("gptq", "rtn"),
+    "block_size": (*_BRAQ, "arb-rc", "pb-llm", "gptq", "rtn"),
+    "metric": _BRAQ,
+    "scale_bits": _BRAQ,
+    "ltdb": ("dbellquant",),
+    "ltdb_steps": ("dbellquant",),
+    "epsilon": ("dbellquant",),
     "bpw": ("bellbit",),
     "effort": ("bellbit",),
     "rungs": ("bellbit",),
@@ -52,8 +59,8 @@ OWN_OPTIONS = {
 class Settings:
     """What a quantization run can be told. Raises BellbitError for a value that is not possible.
 
-    bits: gptq and rtn only, 1 … 8. act_bits: 16, 8 or 6, of bellbit 16. block_size: columns per block, or group.
-    metric: of saliency. bitmap: of arb-rc only, whether it splits the salient columns as well.
+    bits: 1 … 8. act_bits: 16, 8 or 6, of bellbit 16. block_size: columns per block, or group.
+    metric: of saliency. bitmap: whether the salient columns are split as well. OWN_OPTIONS says of which methods.
     compensate: feed each block's error into the next ones. epsilon, ltdb_steps: of the column scales.
     ltdb: learn column scales, only smooth (T = T⁰), or leave out; `auto` as the published reference does for the
     family. act_scope: one activation step per token or per tensor; `auto` likewise. scale_bits: 16 or 8.
@@ -103,7 +110,8 @@ class Settings:
         require(self.ltdb_steps >= 0, "ltdb-steps", self.ltdb_steps, "0 and more")
         for option, methods in OWN_OPTIONS.items():
             if self.method not in methods and getattr(self, option) != getattr(Settings, option):
-                raise BellbitError(f"--{option} is of the method {' and '.join(methods)}, not of {self.method}")
+                name, those = option.replace("_", "-"), ", ".join(methods)
+                raise BellbitError(f"--{name} is of the method {those}; leave it out for {self.method}")
         if METHODS[self.method].climbs:
             if not self.rungs:
                 usual = RUNGS if self.effort == "best" else tuple(rung for rung in RUNGS if rung != LONGEST)
@@ -111,8 +119,10 @@ class Settings:
             require(self.act_bits == 16, "act-bits", self.act_bits, f"16 with the method {self.method}")
 
     def resolved(self, family: Family) -> Settings:
-        """The same with every `auto` made definite for a family."""
-        ltdb: Ltdb = ("learn" if family.learns_scales else "smooth") if self.ltdb == "auto" else self.ltdb
+        """The same with every `auto` that is read made definite for a family."""
+        ltdb = self.ltdb
+        if ltdb == "auto" and METHODS[self.method].transforms:
+            ltdb = "learn" if family.learns_scales else "smooth"
         return replace(self, ltdb=ltdb, act_scope=family.act_scope if self.act_scope == "auto" else self.act_scope)
 
     @property

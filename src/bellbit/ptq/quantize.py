@@ -173,7 +173,7 @@ def quantize(
     gc.collect()  # readers of model files leave cycles behind that hold the whole file
     release_memory()
 
-    partial = target.with_name(target.name + ".partial")
+    partial = partial_run(target)
     trained = asdict(EFFORTS[settings.effort])
     saved = Saved(
         partial, {**provenance, "effort": trained, "model": mark, "dtype": str(network.dtype)}, resume, overwrite
@@ -230,6 +230,11 @@ def quantize(
         algorithm_seconds=run.algorithm_seconds,
         remark=family.remark if settings.folds else "",
     )
+
+
+def partial_run(out: Path) -> Path:
+    """Where a run that is to make `out` keeps what it has done."""
+    return out.with_name(out.name + ".partial")
 
 
 def computing(settings: Settings, device: str, dtype: str) -> tuple[str, str]:
