@@ -12,6 +12,7 @@ from bellbit.packed.linear import packed_linears
 from bellbit.packed.planes import Sign128, Symmetric
 from bellbit.packed.tensor import mean_over_weights
 from bellbit.ptq import budget, effort, entering, ladder, resume
+from bellbit.ptq import distill as distillation
 from bellbit.ptq.blocks import Blocks
 from bellbit.ptq.collect import FEWEST_TOKENS
 from bellbit.ptq.distill import Front, check_head, divergence, teacher_states
@@ -390,7 +391,7 @@ def test_a_head_that_is_more_than_a_product_is_noticed():
 def test_an_error_that_is_no_number_ends_training():
     plan = Plan(windows=3, held_back=1, epochs=1, rates=Rates(0.1, 0.1, 0.1), seed=0)
     with pytest.raises(BellbitError, match="the error on the text held back is nan before anything is trained"):
-        fit(torch.nn.RMSNorm(4), lambda index: torch.tensor(math.nan), plan, lambda *_: None)
+        fit(torch.nn.RMSNorm(4), lambda index, epoch: torch.tensor(math.nan), plan, lambda *_: None)
 
 
 def test_the_best_epoch_stays_and_what_is_held_back_trains_nothing():
@@ -398,8 +399,9 @@ def test_the_best_epoch_stays_and_what_is_held_back_trains_nothing():
     held, trained = iter([5.0, 5.0, 3.0, 3.0, 1.0, 2.0, 9.0, 9.0]), []
     seen = {}
 
-    def error(index):
-        if torch.is_grad_enabled():
+    def error(index, epoch):
+        assert torch.is_grad_enabled() == (epoch is not None)
+        if epoch is not None:
             trained.append(index)
             return norm.weight.sum()
         assert index >= plan.trained
@@ -411,6 +413,23 @@ def test_the_best_epoch_stays_and_what_is_held_back_trains_nothing():
     assert [sorted(trained[i : i + 4]) for i in (0, 4, 8)] == [[0, 1, 2, 3]] * 3
     assert torch.equal(norm.weight, seen[1.0]) and not torch.equal(norm.weight, seen[9.0])
     assert norm.weight.grad is None
+
+
+def test_every_token_is_learned_from_in_turn(monkeypatch):
+    norm, seen = torch.nn.RMSNorm(1), []
+    tokens = torch.arange(1.0, 6.0)[:, None]  # as hidden states, after the norm all alike
+
+    def error(student, teacher, *_):
+        assert len(student) == len(teacher)
+        seen.append(teacher.flatten().tolist())
+        return student.sum()
+
+    monkeypatch.setattr(distillation, "last_states", lambda *_: norm(tokens))
+    monkeypatch.setattr(distillation, "divergence", error)
+    model = SimpleNamespace(get_output_embeddings=lambda: torch.nn.Linear(1, 1), config=None)
+    plan = Plan(windows=2, held_back=1, epochs=2, rates=Rates(0, 0, 0.1), seed=0)
+    distillation.distill(model, norm, torch.zeros(2, 5), tokens.expand(2, 5, 1), plan, False, lambda *_: None)
+    assert seen == [[1, 2, 3, 4, 5], [1, 3, 5], [1, 2, 3, 4, 5], [2, 4], [1, 2, 3, 4, 5]]
 
 
 def test_the_rate_rises_and_falls_to_nothing():

@@ -150,7 +150,7 @@ class _State:
 @torch.enable_grad()
 def fit(
     module: nn.Module,
-    error: Callable[[int], Tensor],
+    error: Callable[[int, int | None], Tensor],
     plan: Plan,
     report: Callable[[float, float], None],
     saved: Saved | None = None,
@@ -158,9 +158,9 @@ def fit(
 ) -> list[float]:
     """Train a module in place, one window a step; the best state by the windows held back stays.
 
-    error: of one window, a scalar. report: told the share of steps done and the least mean error held back. saved:
-    keeps the state of every epoch under the name `kept_as`, and takes up one that it has. Returns that error before
-    training and after epochs.
+    error: of one window in some epoch, or in none where it is held back, a scalar. report: told the share of steps
+    done and the least mean error held back. saved: keeps the state of every epoch under the name `kept_as`, and takes
+    up one that it has. Returns that error before training and after epochs.
     Raises BellbitError if it is no number before training.
     """
     groups = parameter_groups(module, plan.rates, plan.norm_offset)
@@ -174,7 +174,7 @@ def fit(
 
     def held() -> float:
         with torch.no_grad():
-            return sum(float(error(i)) for i in range(plan.trained, plan.windows)) / plan.held_back
+            return sum(float(error(i, None)) for i in range(plan.trained, plan.windows)) / plan.held_back
 
     state = _State(optimizer, saved, kept_as)
     if not state.restore():
@@ -182,7 +182,7 @@ def fit(
     for epoch in range(state.epochs, plan.epochs):
         order = torch.randperm(plan.trained, generator=torch.Generator().manual_seed(plan.seed + epoch))
         for step, index in enumerate(order.tolist(), start=epoch * plan.trained):
-            error(index).backward()
+            error(index, epoch).backward()
             clip([p.grad for p in tuned if p.grad is not None])
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * squared_cosine(step, steps)

@@ -41,7 +41,7 @@ def reconstruct(
     windows held back, before training and after every epoch.
     """
 
-    def error(index: int) -> Tensor:
+    def error(index: int, _: int | None) -> Tensor:
         window = slice(index, index + 1)
         return robust_error(call(inputs[window]), targets[window])
 
