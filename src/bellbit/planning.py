@@ -20,7 +20,7 @@ from bellbit.loading import bf16_pays, compute_dtype, window_length
 from bellbit.memory import peak_memory
 from bellbit.packed.linears import unfuse
 from bellbit.ptq.blocks import skeleton
-from bellbit.ptq.budget import mixes_widths, widths_alike
+from bellbit.ptq.budget import MEASURED, mixes_widths, widths_alike
 from bellbit.ptq.effort import FIRST_BLOCKS, PIECE, TAIL, efforts
 from bellbit.ptq.families import FAMILIES, check_foldable, family_of
 from bellbit.ptq.layers import linear_shapes, weight_of
@@ -255,7 +255,7 @@ def _seconds(
     if method.climbs:
         if mixes_widths(settings, sizes.shapes):  # one linear after the other, and what follows
             after = sizes.parameters - sizes.weights / 2
-            found["bit budget"] = codes + len(sizes.shapes) * 2 * after * length / host_speed
+            found["bit budget"] = codes + len(sizes.shapes) * 2 * after * min(length, MEASURED) / host_speed
         effort, share = efforts(settings), min(1.0, TAIL / len(sizes.blocks))
         alone = effort.blocks * (1 + min(1.0, FIRST_BLOCKS / len(sizes.blocks)))
         blockwise = (alone + share * effort.tail + effort.distilled) * sizes.weights
