@@ -37,15 +37,13 @@ WIDE_GROUP = 1024  # columns that share a scale of signs under any other budget
 RUNGS = ("text", "budget", "codes", "blocks", "tail", "distill")  # of the method bellbit, see docs/method.md
 LONGEST = "distill"  # of them, and climbed with the effort `best` only if nothing else is said: an epoch of it takes as
 # long as one of all blocks, and lowers the demo model's divergence by .07 at 1.8 (docs/trials.md)
-# Options that decide what is stored, and the methods that read them: no other may be given them.
+# Options that no other methods may be given; `metric` and `ltdb_steps` others do not heed.
 _BRAQ = ("dbellquant", "billm", "arb", "arb-x")
 OWN_OPTIONS = {
     "bits": ("gptq", "rtn"),
     "block_size": (*_BRAQ, "arb-rc", "pb-llm", "gptq", "rtn"),
-    "metric": _BRAQ,
     "scale_bits": _BRAQ,
     "ltdb": ("dbellquant",),
-    "ltdb_steps": ("dbellquant",),
     "epsilon": ("dbellquant",),
     "bpw": ("bellbit",),
     "effort": ("bellbit",),
