@@ -137,7 +137,7 @@ def quantize(
     samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
     seq_len: SeqLenOption = None,
     seed: Annotated[int, typer.Option(help="Of windows, of the model's own text, and of the order of training.")] = 0,
-    metric: Annotated[str, typer.Option(help="Saliency of dbellquant, billm, arb, arb-x.")] = "hessian",
+    metric: Annotated[str, typer.Option(help="Saliency of BiLLM's kin: hessian or magnitude.")] = "hessian",
     epsilon: Annotated[float, typer.Option(help="Migration strength of the column scales' start, 0 to 1.")] = 0.85,
     ltdb: Annotated[str, typer.Option(help="Column scales: learn, smooth (T⁰), off; auto as published.")] = "auto",
     ltdb_steps: Annotated[int, typer.Option(help="Most steps of learning per block of columns.")] = 200,

@@ -37,8 +37,8 @@ WIDE_GROUP = 1024  # columns that share a scale of signs under any other budget
 RUNGS = ("text", "budget", "codes", "blocks", "tail", "distill")  # of the method bellbit, see docs/method.md
 LONGEST = "distill"  # of them, and climbed with the effort `best` only if nothing else is said: an epoch of it takes as
 # long as one of all blocks, and lowers the demo model's divergence by .07 at 1.8 (docs/trials.md)
-# Options that no other methods may be given; `metric` and `ltdb_steps` others do not heed.
 _BRAQ = ("dbellquant", "billm", "arb", "arb-x")
+# Options that no other methods may be given; `metric` and `ltdb_steps` others do not heed.
 OWN_OPTIONS = {
     "bits": ("gptq", "rtn"),
     "block_size": (*_BRAQ, "arb-rc", "pb-llm", "gptq", "rtn"),
