@@ -168,7 +168,7 @@ def test_help_is_quick_because_nothing_heavy_is_imported():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.parametrize("verb", ["quantize", "eval", "generate", "inspect", "demo"])
+@pytest.mark.parametrize("verb", ["quantize", "eval", "generate", "inspect", "compare", "export", "demo"])
 def test_every_verb_has_help(bellbit, verb):
     code, stdout, _ = bellbit(verb, "--help")
     assert code == 0 and "Usage" in stdout
@@ -195,3 +195,19 @@ def test_export(bellbit, tiny_model, tmp_path):
     assert code == 2 and "exists; give another name, or --overwrite" in stderr
     code, stdout, _ = bellbit("export", out, file, "--overwrite")
     assert code == 0 and "everything" in stdout
+
+
+def test_compare_puts_methods_side_by_side(bellbit, tiny_model, english, tmp_path):
+    out = tmp_path / "map"
+    shared = [tiny_model("llama"), out, "--data", english, "--calib", english, "--samples", 2]
+    shared += ["--seq-len", 64, "--windows", 2]
+    code, stdout, stderr = bellbit("compare", *shared, "--methods", "none,sign,arb", "--seeds", 2, "--json")
+    assert code == 0, stderr
+    assert f"3 methods with 2 seeds on {tiny_model('llama')}, calibrated on 2 × 64 tokens of {english}" in stderr
+    rows = {row["spec"]: row for row in json.loads(stdout)["rows"]}
+    assert list(rows) == ["none", "sign", "arb", "arb:seed=1"]
+    assert rows["none"]["bits_per_weight"] == 16 and rows["sign"]["bits_per_weight"] < 2 < rows["arb"]["bits_per_weight"]
+    code, stdout, _ = bellbit("compare", *shared, "--methods", "arb,arb:seed=1")
+    assert code == 0 and "±" in stdout and "sign" not in stdout
+    code, _, stderr = bellbit("compare", *shared[:-1], 3, "--methods", "arb")
+    assert code == 2 and "is of another comparison" in stderr
