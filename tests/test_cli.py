@@ -201,13 +201,13 @@ def test_compare_puts_methods_side_by_side(bellbit, tiny_model, english, tmp_pat
     out = tmp_path / "map"
     shared = [tiny_model("llama"), out, "--data", english, "--calib", english, "--samples", 2]
     shared += ["--seq-len", 64, "--windows", 2]
-    code, stdout, stderr = bellbit("compare", *shared, "--methods", "none,sign,arb", "--seeds", 2, "--json")
+    code, stdout, stderr = bellbit("compare", *shared, "--methods", "none,arb", "--seeds", 2, "--json")
     assert code == 0, stderr
-    assert f"3 methods with 2 seeds on {tiny_model('llama')}, calibrated on 2 × 64 tokens of {english}" in stderr
+    assert f"2 methods with 2 seeds on {tiny_model('llama')}, calibrated on 2 × 64 tokens of {english}" in stderr
     rows = {row["spec"]: row for row in json.loads(stdout)["rows"]}
-    assert list(rows) == ["none", "sign", "arb", "arb:seed=1"]
-    assert rows["none"]["bits_per_weight"] == 16 and rows["sign"]["bits_per_weight"] < 2 < rows["arb"]["bits_per_weight"]
+    assert list(rows) == ["none", "arb", "arb:seed=1"]
+    assert rows["none"]["bits_per_weight"] == 16 and 2 < rows["arb"]["bits_per_weight"] < 4
     code, stdout, _ = bellbit("compare", *shared, "--methods", "arb,arb:seed=1")
-    assert code == 0 and "±" in stdout and "sign" not in stdout
+    assert code == 0 and "±" in stdout and "none" not in stdout
     code, _, stderr = bellbit("compare", *shared[:-1], 3, "--methods", "arb")
     assert code == 2 and "is of another comparison" in stderr
