@@ -62,7 +62,7 @@ def dense_gguf(spec, out):
         if layer.bias is not None:
             dense.bias.data = layer.bias.float()
         model.set_submodule(name, dense)
-    export(model, load_tokenizer(location), Path(location.path), out, embedding="F16")
+    export(model, load_tokenizer(location), out, embedding="F16")
 
 
 def rivals(tool, model, work, arguments):
