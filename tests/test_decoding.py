@@ -8,6 +8,7 @@ import bellbit
 from bellbit.decoding import Decoder, fast_steps, supports
 from bellbit.generate import generate
 from bellbit.kernels import native
+from bellbit.loading import cache_argument
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="built without a compiler")
 
@@ -55,7 +56,7 @@ def test_logits_are_the_models(quantized, family, options):
     tokens = torch.randint(0, 256, (1, 40), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = model(tokens).logits[0]
-        decoder.take_over(model(tokens[:, :10], use_cache=True).past_key_values)
+        decoder.take_over(model(tokens[:, :10], use_cache=True)[cache_argument(model)])
     steps = torch.stack([decoder.step(int(tokens[0, position]), position) for position in range(10, 40)])
     errors = (steps - expected[10:]).abs().amax(dim=-1) / expected.abs().max()
     rounds = options.get("method") == "billm" and "act_bits" in options

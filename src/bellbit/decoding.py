@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from bellbit.kernels import native
+from bellbit.loading import cache_argument
 from bellbit.packed.half import HalfEmbedding, HalfLinear
 from bellbit.packed.linear import PackedLinear
 
@@ -138,20 +139,21 @@ def fast_steps(model: Any, capacity: int) -> Iterator[dict[str, Any]]:
             return int(super().get_seq_length(*arguments, **options)) + self.steps
 
     cache, decoder, original = Counting(config=model.config), Decoder(model, capacity), model.forward
+    name = cache_argument(model)
 
-    def forward(input_ids: Tensor, past_key_values: Any = None, **options: Any) -> Any:
-        if past_key_values is not cache or input_ids.shape[0] != 1:
-            return original(input_ids=input_ids, past_key_values=past_key_values, **options)
+    def forward(input_ids: Tensor, **options: Any) -> Any:
+        if options.get(name) is not cache or input_ids.shape[0] != 1:
+            return original(input_ids=input_ids, **options)
         position = cache.get_seq_length()
         if input_ids.shape[1] > 1 or position == 0:
-            output = original(input_ids=input_ids, past_key_values=cache, **options)
+            output = original(input_ids=input_ids, **options)
             decoder.take_over(cache)
             return output
         cache.steps += 1
-        return CausalLMOutputWithPast(logits=decoder.step(int(input_ids), position)[None, None], past_key_values=cache)
+        return CausalLMOutputWithPast(logits=decoder.step(int(input_ids), position)[None, None], **{name: cache})
 
     model.forward = wraps(original)(forward)  # generate() asks the signature what the model takes
     try:
-        yield {"past_key_values": cache}
+        yield {name: cache}
     finally:
         del model.forward

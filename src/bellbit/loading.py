@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,11 @@ def _from_pretrained(cls: Any, location: Location, **options: Any) -> Any:
             "MODEL is a hub id, a directory with config.json, a .gguf file, or " + ", ".join(PYPI_MODELS) + ". "
             "Where the hub is out of reach, give a local one."
         ) from error
+
+
+def cache_argument(model: Any) -> str:
+    """What `model.forward`, and what it returns, call the cache of keys and values (renamed by transformers 5.24)."""
+    return "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
 
 
 def compute_dtype(dtype: str, config: Any) -> torch.dtype:

@@ -14,6 +14,7 @@ from transformers import Cache, DynamicCache, StaticCache
 from bellbit.errors import BellbitError
 from bellbit.fetch import cache_dir
 from bellbit.files import beside
+from bellbit.loading import cache_argument
 from bellbit.ptq.attention import fast_attention
 from bellbit.ptq.resume import fingerprint
 
@@ -56,12 +57,12 @@ def sampled_windows(
 def _write(model: Any, first: int, length: int, seed: int) -> Tensor:
     """What the model draws after the token `first`, which is part of it: int64 (TOGETHER, length)."""
     texts = torch.full((TOGETHER, length), first)
-    cache = _cache(model.config, length)
+    cache = {cache_argument(model): _cache(model.config, length)}
     with torch.random.fork_rng(), fast_attention(model, "cpu"):
         torch.manual_seed(seed)
         for place in range(1, length):
             latest = texts[:, place - 1 : place]
-            logits = model(input_ids=latest, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+            logits = model(input_ids=latest, use_cache=True, logits_to_keep=1, **cache).logits
             texts[:, place] = _draw(logits[:, -1])
     return texts
 
