@@ -119,10 +119,11 @@ def main():
     arguments.add_argument("--samples", type=int, default=SAMPLES)
     arguments.add_argument("--seq-len", type=int, default=SEQ_LEN)
     arguments.add_argument("--offload", action="store_true")
-    arguments.add_argument("--ltdb-steps", type=int, default=20, help="of 200; only time depends on it")
+    arguments.add_argument("--ltdb-steps", type=int, default=20, help="of 200, of dbellquant; only time depends on it")
     arguments.add_argument("--results", type=Path, default=Path("benchmarks/results/scaling.json"))
     arguments = arguments.parse_args()
-    told = {name: getattr(arguments, name) for name in ("method", "samples", "seq_len", "offload", "ltdb_steps")}
+    names = ("method", "samples", "seq_len", "offload", *(("ltdb_steps",) if arguments.method == "dbellquant" else ()))
+    told = {name: getattr(arguments, name) for name in names}
     found = measure(config_of(arguments.shape, arguments.blocks), told)
     known = json.loads(arguments.results.read_text()) if arguments.results.exists() else {}
     case = {"shape": arguments.shape, "blocks": arguments.blocks, **told}

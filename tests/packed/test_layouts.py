@@ -71,11 +71,13 @@ def test_bits_are_those_of_the_specification():
     # a last block of 64 columns has the scales of a whole one: 2 + 112/64 = 3.75
     assert packed_weight(1000, 64).bits_per_weight == pytest.approx(3.75 + 1 / 1000)
     assert packed_weight(1000, 128, scale_bits=8).bits_per_weight == pytest.approx(2.5 + 1 / 1000)
-    assert packed_weight(16, 256, method="rtn", bits=3).bits == pytest.approx({"codes": 3, "scales": 24 / 128})
+    assert quantize_weight(weight_of(16, 256), None, "rtn", bits=3).bits == pytest.approx(
+        {"codes": 3, "scales": 24 / 128}
+    )
 
 
 def test_bits_count_every_stored_byte():
-    for packed in (packed_weight(), packed_weight(scale_bits=8), packed_weight(method="rtn", bits=5)):
+    for packed in (packed_weight(), packed_weight(scale_bits=8), quantize_weight(weight_of(), None, "rtn", bits=5)):
         stored = sum(tensor.nbytes for tensor in packed.tensors.values())
         assert packed.bits_per_weight == pytest.approx(8 * stored / (24 * 320))
         specified = LAYOUTS[packed.layout].spec(packed.shape, packed.options)
@@ -88,7 +90,7 @@ def test_nominal_bits_count_signs_only():
     packed = packed_weight()
     salient = int(unpack_bits(packed.salient, 320).sum())
     assert packed.nominal_bits == 1 + salient / 320
-    assert packed_weight(method="rtn", bits=4).nominal_bits == 4
+    assert quantize_weight(weight_of(), None, "rtn", bits=4).nominal_bits == 4
 
 
 @given(st.floats(1e-6, 1e6), st.integers(0, 1000))

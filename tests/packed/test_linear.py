@@ -5,9 +5,11 @@ from bellbit import kernels, quantize_weight
 from bellbit.packed.linear import PackedLinear
 
 
-def packed_weight(columns=200, **options):
+def packed_weight(columns=200, method="dbellquant", **options):
     weight = torch.randn(17, columns, generator=torch.Generator().manual_seed(1))
-    return quantize_weight(weight, None, metric="magnitude", compensate=False, **options)
+    if method != "rtn":  # which needs no Hessian anyway
+        options |= {"metric": "magnitude", "compensate": False}
+    return quantize_weight(weight, None, method, **options)
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 16, 17])

@@ -67,9 +67,9 @@ def test_each_block_runs_at_most_three_times(monkeypatch):
         original(stream, block, *args, **kwargs)
 
     monkeypatch.setattr(BlockStream, "run", counted)
-    for method, most in (("dbellquant", 3), ("billm", 2), ("gptq", 2)):
+    for settings, most in ((Settings(ltdb_steps=1), 3), (Settings("billm"), 2), (Settings("gptq"), 2)):
         runs.clear()
-        run("llama", Settings(method, ltdb_steps=1))
+        run("llama", settings)
         assert 1 <= max(runs.values()) <= most
 
 

@@ -23,7 +23,9 @@ from conftest import CONFIGS
 @pytest.fixture
 def quantize(tiny_model, english, tmp_path):
     def run(name="llama", out=None, **options):
-        options = {"calib": str(english), "samples": 3, "seq_len": 64, "ltdb_steps": 3} | options
+        options = {"calib": str(english), "samples": 3, "seq_len": 64} | options
+        if "method" not in options:  # the default learns column scales
+            options = {"ltdb_steps": 3} | options
         return bellbit.quantize(tiny_model(name), out or tmp_path / "out", **options)
 
     return run
@@ -120,6 +122,8 @@ def nothing_is_left(folder):
         ({"bpw": 2.4}, "--bpw is of the method bellbit; leave it out for dbellquant"),
         ({"method": "bellbit", "bits": 2 + 1}, "--bits is of the method gptq, rtn; leave it out for bellbit"),
         ({"method": "bellbit", "block_size": 64}, "--block-size is of the method dbellquant, billm, arb, "),
+        ({"method": "gptq", "metric": "magnitude"}, "--metric is of the method dbellquant, billm, arb, arb-x; leave "),
+        ({"method": "billm", "ltdb_steps": 5}, "--ltdb-steps is of the method dbellquant; leave it out for billm"),
         ({"method": "billm", "ltdb": "off"}, "--ltdb is of the method dbellquant; leave it out for billm"),
         ({"method": "bellbit", "act_bits": 8}, "--act-bits 8 is not possible; allowed: 16 with the method bellbit"),
         ({"method": "bellbit", "observer": print}, "there are no figures of the method bellbit"),

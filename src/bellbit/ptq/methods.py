@@ -38,12 +38,14 @@ RUNGS = ("text", "budget", "codes", "blocks", "tail", "distill")  # of the metho
 LONGEST = "distill"  # of them, and climbed with the effort `best` only if nothing else is said: an epoch of it takes as
 # long as one of all blocks, and lowers the demo model's divergence by .07 at 1.8 (docs/trials.md)
 _BRAQ = ("dbellquant", "billm", "arb", "arb-x")
-# Options that no other methods may be given; `metric` and `ltdb_steps` others do not heed.
-OWN_OPTIONS = {
+OWN_OPTIONS = {  # which methods heed an option; the others may not be given it
     "bits": ("gptq", "rtn"),
     "block_size": (*_BRAQ, "arb-rc", "pb-llm", "gptq", "rtn"),
     "scale_bits": _BRAQ,
+    "metric": _BRAQ,
+    "compensate": (*_BRAQ, "gptq"),
     "ltdb": ("dbellquant",),
+    "ltdb_steps": ("dbellquant",),
     "epsilon": ("dbellquant",),
     "bpw": ("bellbit",),
     "effort": ("bellbit",),
@@ -206,7 +208,6 @@ def _sign(weight: Tensor, factor: InverseFactor | None, settings: Settings) -> P
 def _grid(weight: Tensor, factor: InverseFactor | None, settings: Settings) -> PackedTensor:
     widths = STEPS if settings.bpw > ALL_SIGNS else ()
     width = max((b for b in widths if bits_of_levels(weight.shape, b, settings.bpw) <= settings.bpw), default=1)
-    factor = factor if settings.compensate else None
     return pack_levels(*first_codes(weight, factor, width, group_of(width, settings.bpw)), width, settings.bpw)
 
 
@@ -265,8 +266,8 @@ def quantize_weight(
     """Quantize one weight by itself, without column scales.
 
     weight: float (out, in). hessian: undamped H = (2/n)·Σ XᵀX, (in, in); None only if nothing needs it: with
-    `method="rtn"`, or with `compensate=False` and `metric="magnitude"`. options: other fields of `Settings`
-    (`bits`, `scale_bits`).
+    `method="rtn"`, or with `compensate=False` and, where that is read, `metric="magnitude"`. options: other fields of
+    `Settings` (`bits`, `scale_bits`).
     Returns a PackedTensor: see its `dequantize()` and `bits_per_weight`.
     Raises BellbitError for impossible settings, a missing or ill-shaped Hessian, and NaN or infinite input.
     """
@@ -277,8 +278,8 @@ def quantize_weight(
         ranked = METHODS[method].saliency and metric == "hessian"
         if METHODS[method].needs_factor or (METHODS[method].calibrates and (compensate or ranked)):
             raise BellbitError(
-                f"{method} needs a Hessian; rtn and sign do without, and most others with compensate=False and "
-                "metric='magnitude'"
+                f"{method} needs a Hessian; rtn and sign do without, gptq with compensate=False, and dbellquant, "
+                "billm and arb with that and metric='magnitude'"
             )
         return METHODS[method].quantize(weight, None, settings)
     if hessian.shape != (weight.shape[1], weight.shape[1]) or not bool(hessian.isfinite().all()):
