@@ -120,6 +120,7 @@ def main():
     ]
     rows.append(row(f"a prompt of {PROMPT_TOKENS} tokens / float32 under transformers", reading / plain_reading, None))
     location = locate(MODEL)
+    assert location.gguf is not None
     with tempfile.TemporaryDirectory() as folder:
         bellbit.quantize(MODEL, f"{folder}/signs", "sign")
         export_gguf(f"{folder}/signs", f"{folder}/signs.gguf")

@@ -64,7 +64,7 @@ def bit_serial(x, weight):
             subprocess.run(["c++", *flags, source, "-o", library], check=True)
         except (OSError, subprocess.CalledProcessError):
             return None
-        multiply = ctypes.CDLL(library).multiply
+        multiply = ctypes.CDLL(str(library)).multiply
     pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (weight.codes, planes)]
     sizes = [ctypes.c_int64(n) for n in (ROWS, COLUMNS // 64, 6, int(codes.sum()))]
 

@@ -88,8 +88,8 @@ def divergence(tool, model, work, arguments):
     """Mean KL from our checkpoint, unpacked to F16, to its Q1_0 file, both run by llama.cpp."""
     out, text = work / "ours", work / "test.txt"
     if not out.exists():
-        options = {"samples": arguments.samples, "seq_len": arguments.seq_len, "effort": arguments.effort}
-        bellbit.quantize(model, out, "bellbit", bpw=1.125, resume=True, **options)
+        size = {"samples": arguments.samples, "seq_len": arguments.seq_len}
+        bellbit.quantize(model, out, "bellbit", bpw=1.125, effort=arguments.effort, resume=True, **size)
     bits = inspect(locate(str(out))).linears.bits_per_weight
     export_gguf(out, work / "ours.gguf", embedding="F16", overwrite=True)
     dense_gguf(str(out), work / "ours-f16.gguf")

@@ -166,7 +166,9 @@ def run_apart(folder, spec, seed):
 
 def measure(folder, results_file, wanted, seed, jobs):
     """Fill in what the results file lacks, {"conditions": …, "seeds": {seed: {run: result}}}, some runs at a time."""
-    results = json.loads(results_file.read_text()) if results_file.exists() else {"conditions": CONDITIONS, "seeds": {}}
+    results: dict = (
+        json.loads(results_file.read_text()) if results_file.exists() else {"conditions": CONDITIONS, "seeds": {}}
+    )
     if results["conditions"] != CONDITIONS:
         raise SystemExit(f"{results_file} was measured with {results['conditions']}; move it away to measure anew")
     of_seed = results["seeds"].setdefault(str(seed), {})

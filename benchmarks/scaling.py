@@ -71,7 +71,7 @@ def config_of(shape, blocks=None):
 def make(folder, config):
     """A checkpoint of random bfloat16 weights, one file for each block."""
     torch.manual_seed(0)
-    shards = {}
+    shards: dict[str, list] = {}
     for name, parameter in skeleton(config, torch.bfloat16).named_parameters():
         part = name.split(".")[2] if ".layers." in name else "outside"
         shards.setdefault(part, []).append((name, parameter.shape))

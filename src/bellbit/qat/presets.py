@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +29,7 @@ class Preset:
     batch: int = 512
     rows: int | None = PAPER_ROWS
 
-    def config(self, vocabulary: int, length: int, specials: dict[str, int | None]) -> Any:
+    def config(self, vocabulary: int, length: int, specials: Mapping[str, int | None]) -> Any:
         """The transformers config. length: of the longest sequence. specials: bos_token_id and the like."""
         from transformers.models.llama import LlamaConfig
         from transformers.models.opt import OPTConfig
