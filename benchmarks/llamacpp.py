@@ -4,7 +4,7 @@ Needs a C++ compiler, cmake and llama.cpp's source, which is vendor/llama.cpp of
 `pip download --no-deps --no-binary llama-cpp-python llama-cpp-python` brings. Types: quantized by its tools from the
 model's F16 file, embedding and head left F16, with an importance matrix of the train part of wiki-sample; rows for
 `bellbit compare MODEL OUT --methods file:…`, which this prints. Where rows are no multiple of 256 llama.cpp takes
-another, wider type by itself: the measured bits tell.
+another, wider type by itself: the measured bits tell. Where it has none, as for Q1_0, it refuses.
 Ours: quantized to 1.125 bits, exported, and compared by its perplexity tool with the same weights unpacked to F16.
 """
 
@@ -44,11 +44,15 @@ def tools(source):
     return {name: build / "bin" / name for name in TOOLS}
 
 
+class Refused(SystemExit):
+    """A tool failed, which ends the benchmark unless it may; with what the tool said."""
+
+
 def called(*command):
-    """What a tool printed; what it said if it failed."""
+    """What a tool printed. Raises Refused if it failed."""
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, errors="replace")
     if done.returncode != 0:
-        raise SystemExit(f"{command[0]} failed:\n" + (done.stdout + done.stderr)[-2000:])
+        raise Refused(f"{command[0]} failed:\n" + (done.stdout + done.stderr)[-2000:])
     return done.stdout + done.stderr
 
 
@@ -66,7 +70,7 @@ def dense_gguf(spec, out):
 
 
 def rivals(tool, model, work, arguments):
-    """Files of llama.cpp's types; those that are there already are kept."""
+    """Files of llama.cpp's types, but of those that it refuses; those that are there already are kept."""
     text = work / "calib.txt"
     text.write_text(load_corpus("wiki-sample", "train").text)
     source, matrix = work / "f16.gguf", work / "imatrix.gguf"
@@ -76,12 +80,19 @@ def rivals(tool, model, work, arguments):
         options = ("-c", arguments.seq_len, "--chunks", arguments.samples, "-ngl", 0)
         called(tool["llama-imatrix"], "-m", source, "-f", text, "-o", matrix, *options)
     kept = ("--token-embedding-type", "f16", "--output-tensor-type", "f16")
+    made = []
     for kind in TYPES:
         out = work / f"{kind}.gguf"
-        if not out.exists():
-            called(tool["llama-quantize"], "--imatrix", matrix, *kept, source, out, kind)
+        try:
+            if not out.exists():
+                called(tool["llama-quantize"], "--imatrix", matrix, *kept, source, out, kind)
+        except Refused as refused:
+            out.unlink(missing_ok=True)
+            note(f"{kind} is refused: " + " ".join(str(refused).split("\n")[-4:]))
+            continue
         note(f"{out}: {inspect(locate(str(out))).linears.bits_per_weight:.3f} bits per weight of linears")
-    return [f"file:{work / kind}.gguf" for kind in TYPES]
+        made.append(f"file:{out}")
+    return made
 
 
 def divergence(tool, model, work, arguments):
