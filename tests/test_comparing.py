@@ -61,8 +61,7 @@ def test_what_is_no_method_is_told(spec, message, request_, tmp_path):
 
 def test_text_of_the_models_own_is_counted():
     assert most_own(["none", "gptq:bits=2"], 8) == 0
-    assert most_own(["sign", "bellbit:effort=fast", "bellbit:rungs=text+codes+blocks"], 8) == 16
-    assert most_own(["bellbit:rungs=text+codes+blocks"], 8) == 8
+    assert most_own(["sign", "bellbit:effort=fast", "bellbit:rungs=codes+blocks"], 8) == 8
 
 
 def test_seeds_are_rows_of_their_own_where_anything_depends_on_them():

@@ -208,7 +208,7 @@ def quantize(
     source = ""
     if METHODS[method].calibrates:
         source = f", calibrated on {samples} × {_tokens(seq_len)} tokens of {calib}"
-    if (own := sum(own_windows(settings, samples))) > 0:
+    if (own := own_windows(settings, samples)) > 0:
         source += f" and {own} × {_tokens(seq_len)} that it writes itself"
     _say(f"Quantizing {model} by {method}{activations}{source}; the checkpoint goes to {out}.")
     drawing = None

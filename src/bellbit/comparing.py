@@ -157,7 +157,7 @@ def most_own(specs: Iterable[str], samples: int) -> int:
     """Windows that the model writes itself beside `samples` of calibration text, in the row that takes most of them."""
     parsed = [parse(spec) for spec in specs]
     settings = [Settings(name, **options) for name, options, _ in parsed if name in METHODS]
-    return max((sum(own_windows(each, samples)) for each in settings), default=0)
+    return max((own_windows(each, samples) for each in settings), default=0)
 
 
 def compare(request: Request, specs: Iterable[str], out: Path, progress: Callable[[float, str], None]) -> list[Row]:

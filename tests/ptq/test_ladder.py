@@ -29,12 +29,11 @@ from conftest import CONFIGS, family_named, random_model
 BRIEF = effort.Effort(blocks=2, tail=2, distilled=2)
 
 
-def climbed(name="llama", tokens=None, together=None, seed=0, saved=None, progress=lambda *_: None, **options):
+def climbed(name="llama", tokens=None, seed=0, saved=None, progress=lambda *_: None, **options):
     model = random_model(CONFIGS[name]())
     settings = Settings("bellbit", **{"effort": "fast"} | options).resolved(family_named(name))
     tokens = windows(8, 32) if tokens is None else tokens
-    text = tokens, tokens if together is None else together
-    run = climb(Blocks(model, family_named(name)), settings, *text, "cpu", seed, progress, saved or Saved())
+    run = climb(Blocks(model, family_named(name)), settings, tokens, "cpu", seed, progress, saved or Saved())
     return model, run
 
 
@@ -168,21 +167,6 @@ def test_the_tail_is_trained_and_what_comes_before_it_stays(monkeypatch, tail):
     assert not changed["model.embed_tokens.weight"]
 
 
-@pytest.mark.parametrize("rung", ["tail", "distill"])
-def test_what_is_trained_together_has_a_text_of_its_own(monkeypatch, rung):
-    heard, distill = [], ladder.distill
-    monkeypatch.setattr(ladder, "distill", lambda *args: heard.append(args[2:4]) or distill(*args))
-    monkeypatch.setattr(ladder, "PIECE", 16)
-    tokens, together = windows(8, 32), windows(6, 32).flip(1)
-    with torch.no_grad():
-        model = random_model(CONFIGS["llama"]())
-        expected = teacher_states(model, ladder._in_pieces(together, 16) if rung == "tail" else together, False)
-    climbed(tokens=tokens, together=together, rungs=("codes", "blocks", rung))
-    ((text, states),) = heard
-    assert torch.equal(text.flatten(), together.flatten()) and len(text) == (12 if rung == "tail" else 6)
-    torch.testing.assert_close(states, expected)
-
-
 @pytest.mark.parametrize("name", sorted(CONFIGS))
 def test_every_linear_is_one_bit(name):
     model, run = climbed(name, rungs=RUNGS[1:])
@@ -234,7 +218,7 @@ def test_the_same_seed_gives_the_same_bytes(briefly, whole):
     assert all(torch.equal(a, b) for a, b in zip(*tensors, strict=True))
 
 
-@pytest.mark.parametrize("stop", [0.06, 0.2, 0.61, 0.64, 0.68, 0.72, 0.8, 0.99])
+@pytest.mark.parametrize("stop", [0.2, 0.61, 0.65, 0.69, 0.8, 0.99])
 def test_a_run_cut_off_anywhere_goes_on_to_the_same_bytes(tmp_path, briefly, whole, stop):
     class Cut(Exception):
         pass
@@ -253,8 +237,8 @@ def test_a_run_cut_off_anywhere_goes_on_to_the_same_bytes(tmp_path, briefly, who
     )
     assert len(run.errors) == 14
     assert stop < 0.63 or not any("reconstruction" in text for _, text in told), "blocks are not trained again"
-    if stop == 0.72:  # in the second epoch of the tail, which is two from .66 to .74
-        assert min(share for share, text in told if text.startswith("last")) > 0.7, "the first is not done again"
+    if stop == 0.69:  # in the second epoch of the tail, which is two from .63 to .72
+        assert min(share for share, text in told if text.startswith("last")) > 0.67, "the first is not done again"
     for name, layer in packed_linears(whole).items():
         other = packed_linears(found)[name]
         assert all(torch.equal(a, other.packed.tensors[key]) for key, a in layer.packed.tensors.items())

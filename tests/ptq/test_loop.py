@@ -207,7 +207,7 @@ def test_an_expert_that_saw_few_tokens_is_rounded_plainly_and_told(climbs):
     settings = Settings("bellbit", effort="fast") if climbs else Settings("gptq")
     settings = settings.resolved(family)
     if climbs:
-        result = climb(Blocks(model, family), settings, tokens, tokens, "cpu", 0, lambda *_: None, Saved())
+        result = climb(Blocks(model, family), settings, tokens, "cpu", 0, lambda *_: None, Saved())
     else:
         result = quantize_model(Blocks(model, family), settings, tokens, "cpu", lambda *_: None, Saved())
     assert {f"model.layers.1.mlp.experts.3.{name}_proj" for name in ("gate", "up", "down")} <= set(result.fallbacks)

@@ -155,6 +155,6 @@ def distill(
     def error(index: int, epoch: int | None) -> Tensor:
         own = last_states(model, windows, index, bf16, front)
         some = slice(None) if epoch is None else slice((index + epoch) % ONE_OF, None, ONE_OF)
-        return divergence(own[some], states[index, some].to(own.device), head, logit_cap(model.config))
+        return divergence(own[some], states[index][some], head, logit_cap(model.config))
 
     return fit(trained, error, plan, report, saved, kept_as)

@@ -74,14 +74,12 @@ def pace(bpw: float) -> Pace:
     return SIGN_PACE if bpw < MOSTLY_SIGNS else FINER_PACE
 
 
-def own_windows(settings: Settings, samples: int) -> tuple[int, int]:
-    """How many windows of its own text the model writes beside `samples` of calibration text: as many for single blocks
-    to learn from, and as many again, fresh, where blocks are trained together.
+def own_windows(settings: Settings, samples: int) -> int:
+    """How many windows of its own text the model writes beside `samples` of calibration text: as many.
 
-    Three times as many gain blocks nothing in as many steps: .405 for .404 (docs/trials.md).
+    Three times as many gain nothing in as many steps: .405 for .404 (docs/trials.md).
     """
-    climbs = METHODS[settings.method].climbs and "text" in settings.rungs
-    return samples * climbs, samples * (climbs and efforts(settings).whole)
+    return samples if METHODS[settings.method].climbs and "text" in settings.rungs else 0
 
 
 def efforts(settings: Settings) -> Effort:

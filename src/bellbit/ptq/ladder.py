@@ -33,7 +33,6 @@ from bellbit.ptq.stream import BlockStream, ignore
 
 TOGETHER = 8  # pieces that go through a block at once where nothing is trained
 _TAIL_STEP = "tail"  # name of what is kept
-_Lesson = tuple[Tensor, Tensor, Plan]  # text in pieces, what the float model says to it, how long that is learned
 
 
 @torch.no_grad()
@@ -41,7 +40,6 @@ def climb(
     blocks: Blocks,
     settings: Settings,
     windows: Tensor,
-    together: Tensor,
     device: str,
     seed: int,
     progress: Progress,
@@ -54,9 +52,8 @@ def climb(
     """Replace the linears of every decoder block by packed ones, in place.
 
     blocks: of a model that is in memory, if `takes_whole` says so. settings: resolved for the family. windows: token
-    ids (samples, length) for the budget and for blocks one by one, the last few held back from training. together: such
-    for what is trained together. seed: of the order of the windows. saved: what is done is kept there, and not done
-    again. shapes: (out, in) of all linears by full name; looked up if not given.
+    ids (samples, length), the last few held back from training. seed: of the order of the windows. saved: what is done
+    is kept there, and not done again. shapes: (out, in) of all linears by full name; looked up if not given.
     most_fallbacks: see `Run.check`. offload: folder for hidden states. log: told of each block.
     Raises BellbitError if the model's logits are not what `divergence` takes them for.
     """
@@ -69,62 +66,53 @@ def climb(
     # in epochs of reconstruction of the demo model, 990 s on two cores of a Zen 4; distillation is estimated
     costs = (
         0.2 * mixes_widths(settings, shapes),
-        0.2 * (effort.tail > 0),
         0.2 * (effort.distilled > 0),
         0.5 + effort.blocks,
-        0.2 * (effort.tail > 0) + 0.2 * effort.tail,
+        0.2 * effort.tail,
         0.6 * effort.distilled,
     )
-    budget, *listening, blockwise, tailing, whole = _parts(progress, *costs)
+    budget, teacher, blockwise, together, whole = _parts(progress, *costs)
 
     def measure() -> dict[str, int]:
         return choose_widths(blocks, settings, shapes, windows, bf16, lambda done: budget(done, "bit budget"))
 
-    def streaming(text: Tensor) -> BlockStream:
-        return BlockStream(model, every, text, device, TOGETHER, bf16, offload)
+    def listen() -> Tensor:
+        return teacher_states(model, whole_pieces, bf16, lambda done: teacher(done, "what the model itself says"))
 
-    def lesson(rung: str, tokens: int, epochs: int, rates: Rates, part: Progress) -> _Lesson | None:
-        if not epochs:
-            return None
-        text = _in_pieces(together, tokens)
-
-        def listen() -> Tensor:
-            front = _through(every, streaming(text), lambda done: part(done, "what the model itself says"))
-            return teacher_states(model, text, bf16, front=front)
-
-        states = saved.tensor(f"{rung}.teacher", listen)
-        return text.to(device), states, _plan(text, epochs, rates, seed * epochs, family.norm_offset)
-
+    pieces, whole_pieces = _in_pieces(windows, PIECE), _in_pieces(windows, DISTILLED_PIECE)
     widths = saved.notes("budget", measure)
-    rates = pace(settings.bpw)
-    for_tail = lesson(_TAIL_STEP, PIECE, effort.tail, rates.tail, listening[0])
-    for_all = lesson("distill", DISTILLED_PIECE, effort.distilled, rates.distilled, listening[1])
-    pieces = _in_pieces(windows, PIECE)
-    plan = _plan(pieces, effort.blocks, rates.blocks, seed * len(every) * 2 * effort.blocks, family.norm_offset)
-    run = _quantize_blocks(streaming(pieces), blocks, settings, widths, plan, blockwise, saved, most_fallbacks, log)
+    own_pace = pace(settings.bpw)
+    states = saved.tensor("teacher", listen) if effort.distilled else None
+    stream = BlockStream(model, every, pieces, device, TOGETHER, bf16, offload)
+    targets = stream.copy("targets")
+    offset = family.norm_offset
+    plan = _plan(pieces, effort.blocks, own_pace.blocks, seed * len(every) * 2 * effort.blocks, offset)
+    run, front = _quantize_blocks(
+        stream, targets, blocks, settings, widths, plan, blockwise, saved, most_fallbacks, log
+    )
     if effort.whole:
         model.to(device)
-    if for_tail is not None:
-        _train_tail(blocks, streaming, for_tail, bf16, tailing, saved)
-    if for_all is not None:
-        distill(model, model, *for_all, bf16, _telling(whole, "distillation"), saved)
+    if effort.tail:
+        plan = _plan(pieces, effort.tail, own_pace.tail, seed * effort.tail, offset)
+        _train_tail(stream, front, targets, blocks, pieces.to(device), plan, together, saved)
+    del stream, front, targets  # three sets of hidden states
+    if states is not None:
+        plan = _plan(whole_pieces, effort.distilled, own_pace.distilled, seed * effort.distilled, offset)
+        told = _telling(whole, "distillation")
+        distill(model, model, whole_pieces.to(device), states.to(device), plan, bf16, told, saved)
     if effort.whole:
         _pack(model)
         model.to("cpu")
     return run
 
 
-def check_text(settings: Settings, windows: Tensor, together: Tensor) -> None:
+def check_text(settings: Settings, windows: Tensor) -> None:
     """Raise BellbitError if a rung has but one piece of text: it could only train on it or hold it back."""
     effort = efforts(settings)
-    for epochs, text, tokens in (
-        (effort.blocks, windows, PIECE),
-        (effort.tail, together, PIECE),
-        (effort.distilled, together, DISTILLED_PIECE),
-    ):
-        if epochs and len(_in_pieces(text, tokens)) < 2:
+    for epochs, tokens in ((effort.blocks + effort.tail, PIECE), (effort.distilled, DISTILLED_PIECE)):
+        if epochs and len(_in_pieces(windows, tokens)) < 2:
             raise BellbitError(
-                f"{text.numel()} tokens are too few to train on and to hold some back; give more --samples"
+                f"{windows.numel()} tokens are too few to train on and to hold some back; give more --samples"
             )
 
 
@@ -164,18 +152,9 @@ def _in_pieces(windows: Tensor, tokens: int) -> Tensor:
     return windows[:, : count * length].reshape(-1, length)
 
 
-def _through(first: Sequence[nn.Module], stream: BlockStream, told: Callable[[float], None]) -> Front:
-    """The first blocks of a model and what comes out of them, each on the stream's device as long as it runs."""
-    for index, block in enumerate(first):
-        home = next(block.parameters()).device
-        told(index / len(first))
-        stream.run(block.to(stream.device), stream.inputs, ignore)
-        block.to(home)
-    return Front(first, stream.inputs, stream.in_tuple)
-
-
 def _quantize_blocks(
     stream: BlockStream,
+    targets: Tensor,
     blocks: Blocks,
     settings: Settings,
     widths: dict[str, int],
@@ -184,21 +163,26 @@ def _quantize_blocks(
     saved: Saved,
     most_fallbacks: float,
     log: Log,
-) -> Run:
+) -> tuple[Run, Tensor]:
     """The rungs that take one decoder block after the other; their linears become `LatentLinear`s, or are packed at
     once where nothing trains them any more.
 
-    stream: of what comes into the first block. plan: of that block; the seed counts on.
+    plan: of the first block; the seed counts on. targets: hidden states
+    of the float model, as they come into the first block, and in the end go out of the last. Returns what comes into
+    the tail, too. Neither is worth anything where the saved run has trained the tail already.
     """
-    run, effort, targets = Run(), efforts(settings), stream.copy("targets")
+    run, effort, front = Run(), efforts(settings), torch.empty(0)
     family, count = blocks.family, len(blocks.all)
-    streaming = not all(map(saved.has, map(blocks.name, range(count))))
+    steps = [*map(blocks.name, range(count)), *([_TAIL_STEP] if effort.tail else [])]
+    streaming = not all(map(saved.has, steps))
     for index in range(count):
 
         def report(done: float, what: str = "reconstruction", index: int = index) -> None:
             progress((index + done) / count, f"block {index + 1}/{count}: {what}")
 
         report(0, "codes")
+        if streaming and effort.tail and index == max(0, count - TAIL):
+            front = stream.copy("front")
         started = time.perf_counter()
         name, block = blocks.name(index), blocks.take_up(index).to(stream.device)
         if streaming:
@@ -234,27 +218,32 @@ def _quantize_blocks(
         del block
         if not effort.whole:
             blocks.put_down(index)
-    return run
+    return run, front
 
 
 def _train_tail(
+    stream: BlockStream,
+    inputs: Tensor,
+    targets: Tensor,
     blocks: Blocks,
-    streaming: Callable[[Tensor], BlockStream],
-    lesson: _Lesson,
-    bf16: bool,
+    pieces: Tensor,
+    plan: Plan,
     progress: Progress,
     saved: Saved,
 ) -> None:
-    """Train the last blocks and the norm behind them towards what the float model says, codes and all."""
+    """Train the last blocks and the norm behind them towards what the float model says, codes and all.
+
+    inputs: what comes into them, (windows, length, width). targets: what comes out of the float model's.
+    """
     model, every = blocks.model, blocks.all
     apart = [m for name, m in model.named_modules() if not name.startswith(f"{blocks.family.blocks}.") and is_norm(m)]
     tail = nn.ModuleList([*every[-TAIL:], *apart])
     if (found := saved.load(_TAIL_STEP)) is not None:
         tail.load_state_dict(found[0])
         return
-    text, _, plan = lesson
-    way, training = _parts(progress, 1, plan.epochs)
-    front = _through(every[:-TAIL], streaming(text), lambda done: way(done, "the way to the last blocks"))
-    told = _telling(training, f"last {len(every[-TAIL:])} blocks")
-    distill(model, tail, *lesson, bf16, told, saved, f"{_TAIL_STEP}.fit", front)
+    end, front = Front(every, targets, stream.in_tuple), Front(every[:-TAIL], inputs, stream.in_tuple)
+    progress(0, "what the model itself says")
+    states = teacher_states(model, pieces, stream.bf16, front=end)
+    told = _telling(progress, f"last {len(every[-TAIL:])} blocks")
+    distill(model, tail, pieces, states, plan, stream.bf16, told, saved, f"{_TAIL_STEP}.fit", front)
     saved.keep(_TAIL_STEP, tail.state_dict())

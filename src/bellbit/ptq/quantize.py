@@ -146,10 +146,10 @@ def quantize(
     if settings.folds:
         check_foldable(config)
     tokenizer = load_tokenizer(location)
-    windows, together, calibration = None, None, {}
+    windows, calibration = None, {}
     if METHODS[method].calibrates:
         seq_len = window_length(config, seq_len)
-        counts, fresh = sources(settings, calib, samples)
+        counts, own = sources(settings, calib, samples), own_windows(settings, samples)
 
         def written(done: float) -> None:
             progress(0.02 * done, "writing calibration text")
@@ -161,16 +161,11 @@ def quantize(
 
         # where windows are held back from training, none may overlap
         with team.main_process_first():  # the others read what it has cached
-            windows, together = _calibration(
-                counts, fresh, tokenizer, seq_len, seed, METHODS[method].climbs, writer, written
-            )
-        digest = hashlib.sha256(windows.numpy().tobytes())
+            windows = _calibration(counts, tokenizer, seq_len, seed, METHODS[method].climbs, writer, written)
         if METHODS[method].climbs:
-            check_text(settings, windows, together)
-            digest.update(together.numpy().tobytes())
-        own = sum(own_windows(settings, samples))
+            check_text(settings, windows)
         calibration = {"source": calib, "samples": samples, "own": own, "seq_len": seq_len, "seed": seed}
-        calibration["sha256"] = digest.hexdigest()
+        calibration["sha256"] = hashlib.sha256(windows.numpy().tobytes()).hexdigest()
     versions = {"bellbit": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
     provenance = {"source": str(model), "settings": asdict(settings), "calibration": calibration, "versions": versions}
     blocks, shapes, mark = _open(location, dtype, config, family, unknown, settings)
@@ -198,13 +193,11 @@ def quantize(
         lambda: latest, "free some and --resume, or --overwrite with fewer --samples or a smaller --seq-len"
     ):
         if METHODS[method].climbs:
-            assert windows is not None and together is not None
+            assert windows is not None
             if reads_whole(location, settings, shapes):  # block by block it is handed back: map_large_arrays
                 keep_freed_memory()
             with fast_attention(network, device):
-                run = climb(
-                    blocks, settings, windows, together, device, seed, advance, saved, shapes, most, spilled, log.add
-                )
+                run = climb(blocks, settings, windows, device, seed, advance, saved, shapes, most, spilled, log.add)
         else:
             run = quantize_model(blocks, settings, windows, device, advance, saved, observer, most, spilled, log.add)
 
@@ -262,42 +255,34 @@ def original(model: str) -> tuple[Location, Any]:
     return location, config
 
 
-def sources(settings: Settings, calib: str, samples: int) -> tuple[dict[str, int], int]:
-    """Windows of each text that a run calibrates on, with what the model writes; how many more it writes for what is
-    trained together. Raises BellbitError as `shares`.
-    """
+def sources(settings: Settings, calib: str, samples: int) -> dict[str, int]:
+    """Windows of each text that a run calibrates on, with what the model writes. Raises BellbitError as `shares`."""
     if not METHODS[settings.method].calibrates:
-        return {}, 0
+        return {}
     counts = dict(shares(calib, samples))
-    own, fresh = own_windows(settings, samples)
-    if own > 0:
+    if (own := own_windows(settings, samples)) > 0:
         counts[SELF] = counts.get(SELF, 0) + own
-    return counts, fresh
+    return counts
 
 
 def _calibration(
     counts: dict[str, int],
-    fresh: int,
     tokenizer: Any,
     seq_len: int,
     seed: int,
     disjoint: bool,
     writer: Callable[[], Any],
     written: Callable[[float], None],
-) -> tuple[Tensor, Tensor]:
-    """Windows of each source, mixed: int64 (samples, seq_len); and those for what is trained together, which are all
-    that the model wrote itself if `fresh` are asked for, these last, and else the same. writer: makes that model.
-    """
-    parts, own = [], None
+) -> Tensor:
+    """Windows of so many tokens of each source, mixed: int64 (samples, seq_len). writer: makes the model for `self`."""
+    parts = []
     for source, count in counts.items():
         if source == SELF:
-            own = sampled_windows(writer(), tokenizer, count + fresh, seq_len, seed, written)
-            parts.append(own[:count])
+            parts.append(sampled_windows(writer(), tokenizer, count, seq_len, seed, written))
         else:
             parts.append(calibration_windows(load_corpus(source, "train"), tokenizer, count, seq_len, seed, disjoint))
     release_memory()
-    windows = interleave(parts)
-    return windows, own if own is not None and fresh else windows
+    return interleave(parts)
 
 
 def _open(
