@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bellbit.comparing import NONE, Row, by_method
+from bellbit.comparing import FILE, NONE, Row, by_method
 from bellbit.errors import BellbitError
 from bellbit.ptq.run import GroupRecord
 
@@ -107,7 +107,7 @@ def draw_map(rows: Sequence[Row], text: str, path: Path) -> None:
     pyplot = _pyplot("the figure")
 
     figure, axis = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    points: dict[str, tuple[float, float]] = {}
+    points: list[tuple[str, float, float]] = []
     for method, seeds in by_method(rows).items():
         found = [row.perplexity[text] for row in seeds]
         if method == NONE:
@@ -116,7 +116,8 @@ def draw_map(rows: Sequence[Row], text: str, path: Path) -> None:
         ours = method.startswith("bellbit")
         bits = [row.bits_per_weight for row in seeds]
         axis.scatter(bits, found, color=AFTER if ours else BEFORE, zorder=3 if ours else 2)
-        points[method] = bits[0], found[0]
+        name = Path(method).stem if method.startswith(FILE) else method
+        points.append((name, bits[0], found[0]))
     axis.set(xlabel="stored bits per quantized weight", ylabel=f"perplexity on {text}", yscale="log")
     axis.margins(x=0.15)  # names stand to the right of their points
     if axis.get_legend_handles_labels()[0]:  # the line
@@ -126,11 +127,11 @@ def draw_map(rows: Sequence[Row], text: str, path: Path) -> None:
     pyplot.close(figure)
 
 
-def _name(axis: Any, points: dict[str, tuple[float, float]]) -> None:
+def _name(axis: Any, points: list[tuple[str, float, float]]) -> None:
     """Write the name of each point to its right, above names that lie there already."""
     axis.figure.draw_without_rendering()  # places are known only then
     placed: list[tuple[float, float]] = []
-    for name, point in sorted(points.items(), key=lambda item: item[1][1]):
+    for name, *point in sorted(points, key=lambda named: named[2]):
         x, y = (float(value) * 72 / axis.figure.dpi for value in axis.transData.transform(point))
         place = y
         for other_x, other_y in placed:  # from below
