@@ -15,7 +15,7 @@ from bellbit.ptq.run import GroupRecord
 
 BLOCK = 128  # columns that share two bells
 BEFORE, AFTER, TARGET = "#7f8c8d", "#1f77b4", "#d62728"
-NAME_WIDTH, NAME_HEIGHT = 90, 10  # points that the name of a method takes in the map
+LETTER_WIDTH, NAME_HEIGHT = 5, 10  # points that a letter and the name of a method take in the map
 
 
 class Figures:
@@ -106,7 +106,7 @@ def draw_map(rows: Sequence[Row], text: str, path: Path) -> None:
     """
     pyplot = _pyplot("the figure")
 
-    figure, axis = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    figure, axis = pyplot.subplots(figsize=(11, 6), layout="constrained")
     points: list[tuple[str, float, float]] = []
     for method, seeds in by_method(rows).items():
         found = [row.perplexity[text] for row in seeds]
@@ -119,7 +119,8 @@ def draw_map(rows: Sequence[Row], text: str, path: Path) -> None:
         name = Path(method).stem if method.startswith(FILE) else method
         points.append((name, bits[0], found[0]))
     axis.set(xlabel="stored bits per quantized weight", ylabel=f"perplexity on {text}", yscale="log")
-    axis.margins(x=0.15)  # names stand to the right of their points
+    left, right = axis.get_xlim()
+    axis.set_xlim(left, right + (right - left) / 5)  # names stand to the right of their points
     if axis.get_legend_handles_labels()[0]:  # the line
         axis.legend(fontsize="small")
     _name(axis, points)
@@ -130,15 +131,15 @@ def draw_map(rows: Sequence[Row], text: str, path: Path) -> None:
 def _name(axis: Any, points: list[tuple[str, float, float]]) -> None:
     """Write the name of each point to its right, above names that lie there already."""
     axis.figure.draw_without_rendering()  # places are known only then
-    placed: list[tuple[float, float]] = []
+    placed: list[tuple[float, float, float]] = []  # height, and from where to where
     for name, *point in sorted(points, key=lambda named: named[2]):
         x, y = (float(value) * 72 / axis.figure.dpi for value in axis.transData.transform(point))
-        place = y
-        for other_x, other_y in placed:  # from below
-            if abs(x - other_x) < NAME_WIDTH and abs(place - other_y) < NAME_HEIGHT:
-                place = other_y + NAME_HEIGHT
-        placed.append((x, place))
-        placed.sort(key=lambda other: other[1])
+        place, end = y, x + LETTER_WIDTH * len(name)
+        for other, other_start, other_end in placed:  # from below
+            if x < other_end and other_start < end and abs(place - other) < NAME_HEIGHT:
+                place = other + NAME_HEIGHT
+        placed.append((place, x, end))
+        placed.sort()
         axis.annotate(name, point, (4, 4 + place - y), textcoords="offset points", fontsize="small")
 
 
