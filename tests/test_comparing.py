@@ -8,7 +8,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 import bellbit
-from bellbit import comparing
+from bellbit import comparing, figures
 from bellbit.agreement import Agreement, logits_of_original
 from bellbit.comparing import DEFAULT, ORIGINAL, Request, compare, measure, most_own, parse, with_seeds
 from bellbit.errors import BellbitError
@@ -179,6 +179,15 @@ def test_rows_are_kept_and_belong_to_their_request(request_, tmp_path, monkeypat
         assert spec in screen.getvalue()
     with pytest.raises(BellbitError, match="is of another comparison"):
         compare(replace(request_, seed=1), ["sign"], tmp_path, lambda *_: None)
+
+
+def test_files_stand_in_the_map_by_their_names(tmp_path, monkeypatch):
+    named = []
+    monkeypatch.setattr(figures, "_name", lambda axis, points: named.extend(points))
+    specs = ["sign", "file:there/IQ1_S.gguf", "file:out-1.125", "file:other/IQ1_S.gguf"]
+    rows = [comparing.Row(spec, 1.5, {"text": 20.0}, {"text": 0.1}, {"text": 0.9}, None, None) for spec in specs]
+    draw_map(rows, "text", tmp_path / "map.png")
+    assert [name for name, *_ in named] == ["sign", "IQ1_S", "out-1.125", "IQ1_S"]
 
 
 def test_files_of_different_texts_have_different_names():

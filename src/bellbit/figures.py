@@ -116,7 +116,7 @@ def draw_map(rows: Sequence[Row], text: str, path: Path) -> None:
         ours = method.startswith("bellbit")
         bits = [row.bits_per_weight for row in seeds]
         axis.scatter(bits, found, color=AFTER if ours else BEFORE, zorder=3 if ours else 2)
-        name = Path(method.removeprefix(FILE)).name.removesuffix(".gguf")
+        name = Path(method.removeprefix(FILE)).name.removesuffix(".gguf")  # of a file without its folder
         points.append((name, bits[0], found[0]))
     axis.set(xlabel="stored bits per quantized weight", ylabel=f"perplexity on {text}", yscale="log")
     left, right = axis.get_xlim()
