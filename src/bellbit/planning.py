@@ -92,7 +92,7 @@ def plan(
     sizes = _sizes(config)
     length = window_length(config, seq_len if METHODS[method].calibrates else None)
     counts = sources(settings, calib, samples)
-    own, tokens = counts.get(SELF, 0), sum(counts.values()) * length
+    text = _Text(length, sum(counts.values()) * length, counts.get(SELF, 0) * length)
     bf16 = METHODS[method].climbs and bf16_pays(device)
     whole = reads_whole(location, settings, sizes.shapes)
     item = compute_dtype(dtype, config).itemsize
@@ -104,16 +104,16 @@ def plan(
     resident = {
         "embeddings and head": item * (sizes.parameters - sum(sizes.blocks)),
         "all blocks" if whole else "one block": item * (sum if whole else max)(sizes.blocks),
-        "hidden states": 0 if offload else kept * item * tokens * config.hidden_size,
+        "hidden states": 0 if offload else kept * item * text.read * config.hidden_size,
     }
     if METHODS[method].climbs and efforts(settings).distilled:
-        resident["the float model's last states"] = (2 if bf16 else 4) * tokens * config.hidden_size
+        resident["the float model's last states"] = (2 if bf16 else 4) * text.read * config.hidden_size
     again = output if whole else output - int(sizes.weights * bits / 8 * (1 - 1 / len(sizes.blocks)))
     moments = {
         **_moments(sizes, settings, whole, item, at_once, config.num_attention_heads * length),
         "the checkpoint, loaded again": again,
     }
-    if own:  # before anything else is there
+    if text.written:  # before anything else is there
         moments["the model that writes text"] = item * sizes.parameters - sum(resident.values())
     worst = max(moments, key=lambda moment: moments[moment])
     speed = _speed(bf16, device)
@@ -127,10 +127,19 @@ def plan(
         blocks=len(sizes.blocks),
         whole=whole,
         memory={"libraries": libraries, **resident, worst: moments[worst]},
-        seconds=_seconds(sizes, settings, tokens, own, length, chains, speed, host_speed, trial),
+        seconds=_seconds(sizes, settings, text, chains, speed, host_speed, trial),
         bits_per_weight=bits,
         output_bytes=output,
     )
+
+
+@dataclass(frozen=True)
+class _Text:
+    """Tokens: of a window; of all that calibrate; of those among them that the model writes."""
+
+    length: int
+    read: int
+    written: int
 
 
 @dataclass(frozen=True)
@@ -231,34 +240,32 @@ def _trial(shape: tuple[int, ...], settings: Settings) -> tuple[float, float]:
 def _seconds(
     sizes: _Sizes,
     settings: Settings,
-    tokens: int,
-    own: int,
-    length: int,
+    text: _Text,
     chains: int,
     speed: float,
     host_speed: float,
     trial: float,
 ) -> dict[str, float]:
-    """By what takes them. own: windows that the model writes, of `length` tokens as all. trial: of the method itself.
+    """By what takes them. chains: of hidden states, float and quantized. trial: of the method itself.
 
     speed, host_speed: operations a second on the device, and on the CPU, where text is written and bits are budgeted.
     """
     method = METHODS[settings.method]
     widths = [width for block in sizes.hessians for width in block]
-    found = {"forward passes": 2 * sizes.weights * tokens * (chains + 1) / speed}
-    if own:
-        found["text of its own"] = WRITING * 2 * sizes.parameters * own * length / host_speed
+    found = {"forward passes": 2 * sizes.weights * text.read * (chains + 1) / speed}
+    if text.written:
+        found["text of its own"] = WRITING * 2 * sizes.parameters * text.written / host_speed
     if method.calibrates:
-        found["Hessians"] = sum(tokens * width**2 + 4 / 3 * width**3 for width in widths) / speed
+        found["Hessians"] = sum(text.read * width**2 + 4 / 3 * width**3 for width in widths) / speed
     codes = trial + sum(rows * width**2 for rows, width in sizes.shapes.values()) / speed
     found[settings.method] = codes
     if method.climbs:
         if mixes_widths(settings, sizes.shapes):  # one linear after the other, and what follows
             after = sizes.parameters - sizes.weights / 2
-            found["bit budget"] = codes + len(sizes.shapes) * 2 * after * min(length, MEASURED) / host_speed
+            found["bit budget"] = codes + len(sizes.shapes) * 2 * after * min(text.length, MEASURED) / host_speed
         effort, share = efforts(settings), min(1.0, TAIL / len(sizes.blocks))
         alone = effort.blocks * (1 + min(1.0, FIRST_BLOCKS / len(sizes.blocks)))
         blockwise = (alone + share * effort.tail + effort.distilled) * sizes.weights
         head = (effort.tail + effort.distilled) * (sizes.parameters - sizes.weights)
-        found["training"] = tokens * (blockwise * (6 / speed + WEIGHT_SECONDS) + head * 6 / speed)
+        found["training"] = text.read * (blockwise * (6 / speed + WEIGHT_SECONDS) + head * 6 / speed)
     return found
