@@ -122,7 +122,7 @@ def quantize(
     rungs: Annotated[
         str,
         typer.Option(
-            help="Of bellbit: some of text,budget,codes,blocks,tail,distill; default: all; distill with best."
+            help="Of bellbit: some of text,budget,codes,blocks,tail,distill; default: all; no distill with fast."
         ),
     ] = "",
     columns: Annotated[str, typer.Option(help="Of bellbit: column scales (they harm): rank1, mean, maxima.")] = "none",

@@ -361,11 +361,12 @@ def test_stored_bits_are_within_the_budget(bpw):
     assert len({weight.nominal_bits for weight in packed}) > 1
 
 
-def test_distillation_is_for_best_or_by_name():
-    assert Settings("bellbit").rungs == RUNGS[:-1]
-    assert Settings("bellbit", effort="best").rungs == RUNGS
-    assert effort.efforts(Settings("bellbit")).distilled == 0
-    assert effort.efforts(Settings("bellbit", rungs=("codes", "distill"))).distilled == 1
+def test_with_little_effort_distillation_must_be_named():
+    assert Settings("bellbit").rungs == Settings("bellbit", effort="best").rungs == RUNGS
+    fast = Settings("bellbit", effort="fast")
+    assert fast.rungs == RUNGS[:-1]
+    assert effort.efforts(fast).distilled == 0
+    assert effort.efforts(Settings("bellbit", effort="fast", rungs=("codes", "distill"))).distilled == 1
 
 
 def test_without_the_rung_of_the_budget_nothing_is_measured(monkeypatch):

@@ -35,8 +35,7 @@ Effort = Literal["fast", "balanced", "best"]
 ALL_SIGNS = 1.125  # --bpw that asks for one sign a weight, as llama.cpp's Q1_0 stores it
 WIDE_GROUP = 1024  # columns that share a scale of signs under any other budget
 RUNGS = ("text", "budget", "codes", "blocks", "tail", "distill")  # of the method bellbit, see docs/method.md
-LONGEST = "distill"  # of them, and climbed with the effort `best` only if nothing else is said: an epoch of it takes as
-# long as one of all blocks, and lowers the demo model's divergence by .07 at 1.8 (docs/trials.md)
+LONGEST = "distill"  # of them: an epoch takes as long as one of all blocks; with `fast` climbed only if it is named
 _BRAQ = ("dbellquant", "billm", "arb", "arb-x")
 OWN_OPTIONS = {  # which methods heed an option; the others may not be given it
     "bits": ("gptq", "rtn"),
@@ -114,7 +113,7 @@ class Settings:
                 raise BellbitError(f"--{name} is of the method {those}; leave it out for {self.method}")
         if METHODS[self.method].climbs:
             if not self.rungs:
-                usual = RUNGS if self.effort == "best" else tuple(rung for rung in RUNGS if rung != LONGEST)
+                usual = tuple(rung for rung in RUNGS if rung != LONGEST or self.effort != "fast")
                 object.__setattr__(self, "rungs", usual)  # the dataclass is frozen
             require(self.act_bits == 16, "act-bits", self.act_bits, f"16 with the method {self.method}")
 
