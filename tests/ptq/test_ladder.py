@@ -363,6 +363,7 @@ def test_stored_bits_are_within_the_budget(bpw):
 
 def test_with_little_effort_distillation_must_be_named():
     assert Settings("bellbit").rungs == Settings("bellbit", effort="best").rungs == RUNGS
+    assert effort.efforts(Settings("bellbit")).distilled == 1
     fast = Settings("bellbit", effort="fast")
     assert fast.rungs == RUNGS[:-1]
     assert effort.efforts(fast).distilled == 0

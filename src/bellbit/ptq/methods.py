@@ -35,7 +35,6 @@ Effort = Literal["fast", "balanced", "best"]
 ALL_SIGNS = 1.125  # --bpw that asks for one sign a weight, as llama.cpp's Q1_0 stores it
 WIDE_GROUP = 1024  # columns that share a scale of signs under any other budget
 RUNGS = ("text", "budget", "codes", "blocks", "tail", "distill")  # of the method bellbit, see docs/method.md
-LONGEST = "distill"  # of them: an epoch takes as long as one of all blocks; with `fast` climbed only if it is named
 _BRAQ = ("dbellquant", "billm", "arb", "arb-x")
 OWN_OPTIONS = {  # which methods heed an option; the others may not be given it
     "bits": ("gptq", "rtn"),
@@ -112,8 +111,8 @@ class Settings:
                 name, those = option.replace("_", "-"), ", ".join(methods)
                 raise BellbitError(f"--{name} is of the method {those}; leave it out for {self.method}")
         if METHODS[self.method].climbs:
-            if not self.rungs:
-                usual = tuple(rung for rung in RUNGS if rung != LONGEST or self.effort != "fast")
+            if not self.rungs:  # an epoch of distillation takes as long as one of all blocks
+                usual = tuple(rung for rung in RUNGS if rung != "distill" or self.effort != "fast")
                 object.__setattr__(self, "rungs", usual)  # the dataclass is frozen
             require(self.act_bits == 16, "act-bits", self.act_bits, f"16 with the method {self.method}")
 
