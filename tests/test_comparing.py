@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 import bellbit
 from bellbit import comparing, figures
 from bellbit.agreement import Agreement, logits_of_original
-from bellbit.comparing import DEFAULT, ORIGINAL, Request, compare, measure, most_own, parse, with_seeds
+from bellbit.comparing import DEFAULT, ORIGINAL, ROWS, Request, compare, measure, most_own, parse, with_seeds
 from bellbit.errors import BellbitError
 from bellbit.evaluate import perplexity
 from bellbit.exporting import export_gguf
@@ -73,6 +73,12 @@ def test_seeds_are_rows_of_their_own_where_anything_depends_on_them():
     ]
     assert with_seeds(["gptq"], range(1)) == ["gptq"]
     assert with_seeds(["gptq:seed=7"], range(2)) == ["gptq:seed=7"]
+    assert with_seeds(["gptq", "gptq:seed=1", "arb", "arb:seed=0"], range(2)) == [
+        "gptq",
+        "gptq:seed=1",
+        "arb",
+        "arb:seed=1",
+    ]
 
 
 def test_of_several_seeds_mean_and_deviation_are_shown():
@@ -83,6 +89,7 @@ def test_of_several_seeds_mean_and_deviation_are_shown():
     lines = [line.split() for line in screen.getvalue().splitlines()]
     assert ["arb", "1.500", "23.00", "±", "3", "0.230", "±", "0.03", "50.0", "23", "1", "GB"] in lines
     assert ["sign", "1.500", "50.00", "0.500", "50.0", "50", "1", "GB"] in lines
+    assert list(comparing.by_method([replace(rows[0], spec="arb:seed=-2"), rows[0]])) == ["arb"]
 
 
 def test_the_seed_of_a_row_is_its_own(request_, tmp_path):
@@ -213,6 +220,40 @@ def test_the_memory_of_a_row_that_went_on_is_not_known(request_, tmp_path, monke
         patch.setattr("bellbit.ptq.loop.Run.check", cut_off)
         measure(request_, "gptq", tmp_path)
     assert measure(request_, "gptq", tmp_path).peak_bytes is None
+
+
+def test_what_was_made_and_not_measured_is_not_made_again(request_, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(comparing, "perplexity", raising(KeyboardInterrupt))
+        measure(request_, "gptq", tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(comparing, "quantize", raising(AssertionError))
+        went_on = measure(request_, "gptq", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [ORIGINAL]
+    again = measure(request_, "gptq", tmp_path)
+    assert replace(went_on, seconds=again.seconds, peak_bytes=again.peak_bytes) == again
+
+
+def raising(error):
+    def fail(*_, **__):
+        raise error
+
+    return fail
+
+
+def test_a_text_that_is_not_there_is_told_before_anything_is_made(request_, tmp_path):
+    with pytest.raises(BellbitError, match=r"nothing\.txt"):
+        compare(replace(request_, data=f"{request_.data},nothing.txt"), ["gptq"], tmp_path / "out", lambda *_: None)
+    assert not (tmp_path / "out").exists()
+
+
+def test_rows_of_a_comparison_that_was_removed_are_begun_anew(request_, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("bellbit.ptq.loop.Run.check", raising(KeyboardInterrupt))
+        measure(request_, "gptq", tmp_path)
+    assert (tmp_path / ROWS / "gptq.partial").exists()
+    (row,) = compare(replace(request_, samples=2), ["gptq"], tmp_path, lambda *_: None)
+    assert row.spec == "gptq" and not (tmp_path / ROWS).exists()
 
 
 def test_texts_are_told_apart_by_commas_that_are_in_no_name(tmp_path):

@@ -16,6 +16,8 @@ from tempfile import TemporaryFile
 from typing import Any
 from urllib.parse import quote
 
+from torch import Tensor
+
 from bellbit.agreement import Agreement, logits_of_original
 from bellbit.data import evaluation_windows, load_corpus
 from bellbit.errors import BellbitError
@@ -32,7 +34,7 @@ from bellbit.ptq.resume import Saved
 from bellbit.ptq.run import Progress
 
 NONE = "none"  # the model as it is
-ROWS = "compare.rows"  # folder of checkpoints that are being made or measured
+ROWS = "compare.rows"  # folder of checkpoints that are being made or measured, and of what a row says of those made
 ORIGINAL = "compare.original"  # folder of what the model as it is gives, until all rows are measured
 SEED = "seed"  # option of a row whose seed is not the request's
 QUANTIZED = 0.95  # of a row's time, if it trains; only the progress bar depends on it
@@ -81,8 +83,9 @@ class Request:
 @dataclass(frozen=True)
 class Row:
     """One method. perplexity, divergence (mean KL from full precision, nats) and same_top (share of positions with the
-    same likeliest token) are by text. seconds, peak_bytes: of quantization, all included; None for the model as it is,
-    and the memory of a row that was cut off and went on. machine: its CPU. epochs: of each rung that trains, if any do.
+    same likeliest token) are by text. seconds, peak_bytes: of quantization, all included, but the seconds of
+    text that an earlier run left in the cache; None for the model as it is, and the memory of a row that was cut off
+    and went on. machine: its CPU. epochs: of each rung that trains, if any do.
     """
 
     spec: str
@@ -135,21 +138,25 @@ def parse(spec: str) -> tuple[str, dict[str, Any], int | None]:
 
 def with_seeds(specs: Iterable[str], seeds: Sequence[int]) -> list[str]:
     """Every method once for each seed, the first of which is the request's own; those that calibrate nothing, and those
-    that name a seed, once.
+    that name a seed, once. No row twice.
     """
     asked = []
     for spec in specs:
         name, _, seed = parse(spec)
         more = seeds[1:] if seed is None and name in METHODS and METHODS[name].calibrates else ()
-        asked += [spec, *(f"{spec}:{SEED}={seed}" for seed in more)]
-    return asked
+        asked += [_seedless(spec) if seed == seeds[0] else spec, *(f"{spec}:{SEED}={seed}" for seed in more)]
+    return list(dict.fromkeys(asked))
+
+
+def _seedless(spec: str) -> str:
+    return re.sub(rf":{SEED}=-?\d+", "", spec)
 
 
 def by_method(rows: Iterable[Row]) -> dict[str, list[Row]]:
     """Rows that differ in their seed alone together, by what they have in common."""
     found: dict[str, list[Row]] = {}
     for row in rows:
-        found.setdefault(re.sub(rf":{SEED}=\d+", "", row.spec), []).append(row)
+        found.setdefault(_seedless(row.spec), []).append(row)
     return found
 
 
@@ -163,7 +170,7 @@ def most_own(specs: Iterable[str], samples: int) -> int:
 def compare(request: Request, specs: Iterable[str], out: Path, progress: Callable[[float, str], None]) -> list[Row]:
     """Measure what `out`/compare.json lacks, row by row, and return all rows asked for; a row cut off goes on.
 
-    Raises BellbitError if that file is of another request, or a row fails.
+    Raises BellbitError if that file is of another request, a text to measure on is not there, or a row fails.
     """
     wanted = list(specs)
     for spec in wanted:
@@ -172,9 +179,12 @@ def compare(request: Request, specs: Iterable[str], out: Path, progress: Callabl
     known = json.loads(file.read_text()) if file.exists() else {"request": asdict(request), "rows": {}}
     if known["request"] != asdict(request):
         raise BellbitError(f"{file} is of another comparison: {known['request']}; give another OUT, or remove it")
+    if not known["rows"].keys() >= set(wanted):
+        _evaluation_windows(request)  # now, and not when the first checkpoint is made
     out.mkdir(parents=True, exist_ok=True)
     if not file.exists():
-        shutil.rmtree(out / ORIGINAL, ignore_errors=True)  # it may be of another request
+        for folder in (ORIGINAL, ROWS):  # they may be of another request
+            shutil.rmtree(out / folder, ignore_errors=True)
         write_text(file, json.dumps(known, indent=2) + "\n")
     for done, spec in enumerate(wanted):
         progress(done / len(wanted), spec)
@@ -212,59 +222,81 @@ def _measure_apart(request: Request, spec: str, out: Path, progress: Progress) -
 
 def measure(request: Request, spec: str, out: Path, progress: Progress = lambda share, text: None) -> Row:
     """One row, here and now. out: an existing folder; the checkpoint is there until it is measured."""
-    method, options, seed = parse(spec)
-    location = locate(request.model)
+    method, *_ = parse(spec)
+    location = result = locate(request.model)
     checkpoint = out / ROWS / _file_name(spec)
     kept = Saved(out / ORIGINAL, resume=True)  # hidden states take a hundredth of the logits' size
-    bits, seconds, peak, epochs = 16.0, None, None, None
-    result = location
-    try:
-        if spec.startswith(FILE):
-            result = locate(spec.removeprefix(FILE))
-            bits = inspect(result).linears.bits_per_weight
-        elif method != NONE:
-            cut_off = partial_run(checkpoint).exists()
-            report = quantize(
-                request.model,
-                checkpoint,
-                method,
-                calib=request.calib,
-                samples=request.samples,
-                seq_len=request.seq_len,
-                seed=request.seed if seed is None else seed,
-                overwrite=True,
-                resume=True,
-                progress=lambda share, text: progress(QUANTIZED * share, text),
-                **options,
-            )
-            bits, seconds = report.bits_per_weight, report.seconds
-            peak = None if cut_off else peak_memory()
-            settings = Settings(method, **options)
-            epochs = asdict(efforts(settings)) if METHODS[method].climbs else None
-            result = locate(report.out)
-        config = load_config(location)
-        original = load_model(location, "float32", config)
-        model = original if result is location else load_model(result, "float32" if result.gguf else "auto")
-        tokenizer = load_tokenizer(location)
-        length = window_length(config, request.seq_len)
-        found: dict[str, dict[str, float]] = {"perplexity": {}, "divergence": {}, "same_top": {}}
-        for source in texts(request.data):
-            progress(QUANTIZED, f"measuring on {source}")
-            windows = evaluation_windows(load_corpus(source, "test"), tokenizer, length, request.windows)
-            if result is location:
-                found["perplexity"][source] = perplexity(model, windows).perplexity
-                found["divergence"][source], found["same_top"][source] = 0.0, 1.0
-                continue
-            states = kept.tensor(_file_name(source), partial(teacher_states, original, windows, bf16=False))
-            nearness = Agreement(logits_of_original(original, windows, states))
-            found["perplexity"][source] = perplexity(model, windows, watch=nearness.add).perplexity
-            found["divergence"][source], found["same_top"][source] = nearness.divergence, nearness.same_top
-        return Row(spec, bits, **found, seconds=seconds, peak_bytes=peak, machine=cpu_name(), epochs=epochs)
-    finally:
-        shutil.rmtree(checkpoint, ignore_errors=True)
-        log_file(checkpoint).unlink(missing_ok=True)
-        with suppress(OSError):  # not there, or another row is unfinished
-            checkpoint.parent.rmdir()
+    made: dict[str, Any] = {"bits_per_weight": 16.0, "seconds": None, "peak_bytes": None, "epochs": None}
+    if spec.startswith(FILE):
+        result = locate(spec.removeprefix(FILE))
+        made["bits_per_weight"] = inspect(result).linears.bits_per_weight
+    elif method != NONE:
+        made = _make(request, spec, checkpoint, lambda share, text: progress(QUANTIZED * share, text))
+        result = locate(str(checkpoint))
+    original = load_model(location, "float32", load_config(location))
+    model = original if result is location else load_model(result, "float32" if result.gguf else "auto")
+    found: dict[str, Any] = {"perplexity": {}, "divergence": {}, "same_top": {}}
+    for source, windows in _evaluation_windows(request).items():
+        progress(QUANTIZED, f"measuring on {source}")
+        if result is location:
+            found["perplexity"][source] = perplexity(model, windows).perplexity
+            found["divergence"][source], found["same_top"][source] = 0.0, 1.0
+            continue
+        states = kept.tensor(_file_name(source), partial(teacher_states, original, windows, bf16=False))
+        nearness = Agreement(logits_of_original(original, windows, states))
+        found["perplexity"][source] = perplexity(model, windows, watch=nearness.add).perplexity
+        found["divergence"][source], found["same_top"][source] = nearness.divergence, nearness.same_top
+    shutil.rmtree(checkpoint, ignore_errors=True)
+    for file in (log_file(checkpoint), _made_file(checkpoint)):
+        file.unlink(missing_ok=True)
+    with suppress(OSError):  # not there, or another row is unfinished
+        checkpoint.parent.rmdir()
+    return Row(spec, **made, **found, machine=cpu_name())
+
+
+def _make(request: Request, spec: str, checkpoint: Path, progress: Progress) -> dict[str, Any]:
+    """Quantize, and what a row says of that; not again what was made and could not be measured."""
+    if (file := _made_file(checkpoint)).exists() and checkpoint.exists():
+        known: dict[str, Any] = json.loads(file.read_text())
+        return known
+    method, options, seed = parse(spec)
+    cut_off = partial_run(checkpoint).exists()
+    report = quantize(
+        request.model,
+        checkpoint,
+        method,
+        calib=request.calib,
+        samples=request.samples,
+        seq_len=request.seq_len,
+        seed=request.seed if seed is None else seed,
+        overwrite=True,
+        resume=True,
+        progress=progress,
+        **options,
+    )
+    made = {
+        "bits_per_weight": report.bits_per_weight,
+        "seconds": report.seconds,
+        "peak_bytes": None if cut_off else peak_memory(),
+        "epochs": asdict(efforts(Settings(method, **options))) if METHODS[method].climbs else None,
+    }
+    write_text(file, json.dumps(made))
+    return made
+
+
+def _made_file(checkpoint: Path) -> Path:
+    """Where what a row says of a checkpoint lies until it is measured."""
+    return checkpoint.with_name(f"{checkpoint.name}.json")
+
+
+def _evaluation_windows(request: Request) -> dict[str, Tensor]:
+    """Of each text to measure on: int64 (windows, length). Raises BellbitError if there is none."""
+    location = locate(request.model)
+    tokenizer, length = load_tokenizer(location), window_length(load_config(location), request.seq_len)
+    return {
+        source: evaluation_windows(load_corpus(source, "test"), tokenizer, length, request.windows)
+        for source in texts(request.data)
+    }
 
 
 def _file_name(text: str) -> str:

@@ -218,7 +218,7 @@ def test_the_same_seed_gives_the_same_bytes(briefly, whole):
     assert all(torch.equal(a, b) for a, b in zip(*tensors, strict=True))
 
 
-@pytest.mark.parametrize("stop", [0.2, 0.61, 0.65, 0.69, 0.8, 0.99])
+@pytest.mark.parametrize("stop", [0.2, 0.55, 0.59, 0.63, 0.8, 0.99])
 def test_a_run_cut_off_anywhere_goes_on_to_the_same_bytes(tmp_path, briefly, whole, stop):
     class Cut(Exception):
         pass
@@ -236,9 +236,9 @@ def test_a_run_cut_off_anywhere_goes_on_to_the_same_bytes(tmp_path, briefly, who
         progress=lambda *done: told.append(done),
     )
     assert len(run.errors) == 14
-    assert stop < 0.63 or not any("reconstruction" in text for _, text in told), "blocks are not trained again"
-    if stop == 0.69:  # in the second epoch of the tail, which is two from .63 to .72
-        assert min(share for share, text in told if text.startswith("last")) > 0.67, "the first is not done again"
+    assert stop < 0.57 or not any("reconstruction" in text for _, text in told), "blocks are not trained again"
+    if stop == 0.63:  # in the second epoch of the tail, which is two from .57 to .65
+        assert min(share for share, text in told if text.startswith("last")) > 0.61, "the first is not done again"
     for name, layer in packed_linears(whole).items():
         other = packed_linears(found)[name]
         assert all(torch.equal(a, other.packed.tensors[key]) for key, a in layer.packed.tensors.items())
@@ -464,10 +464,12 @@ def test_norms_are_trained_by_the_size_of_what_they_multiply_by():
 
 
 def test_the_time_of_earlier_runs_is_counted(tmp_path, monkeypatch):
-    clock = iter([100.0, 130.0, 500.0, 507.0, 0.0])
+    clock = iter([100.0, 110.0, 130.0, 500.0, 507.0, 0.0, 60.0])
     monkeypatch.setattr(resume, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     Saved(tmp_path / "x", {}, resume=False, overwrite=False).keep("one", {})
     second = Saved(tmp_path / "x", {}, resume=True, overwrite=False)
     assert second.seconds == 30
     second.keep("two", {})
     assert Saved(tmp_path / "x", {}, resume=True, overwrite=False).seconds == 37
+    Saved(tmp_path / "y", {}, started=50.0)
+    assert (tmp_path / "y" / "seconds").read_text() == "10.0\n", "what was before it was opened, too"

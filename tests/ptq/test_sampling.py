@@ -33,6 +33,24 @@ def test_windows_come_from_the_model_and_are_kept(tmp_path):
     assert len({tuple(window.tolist()) for window in found}) == 6
 
 
+def test_text_is_kept_apart_by_dtype_and_any_seed_does(tmp_path):
+    model = random_model(CONFIGS["llama"]()).bfloat16()
+    for dtype in (torch.bfloat16, torch.float32):  # the same values
+        sampled(model.to(dtype), byte_tokenizer(), 4)
+    assert len(list((tmp_path / "self").iterdir())) == 2
+    seeds = [sampled(model, byte_tokenizer(), 4, seed=seed) for seed in (-(2**70), 10**30)]
+    assert not torch.equal(*seeds)
+
+
+def test_a_cache_that_cannot_be_written_is_told(monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sampling, "save_file", full)
+    with pytest.raises(BellbitError, match=r"no space left while writing .*; make room, or set BELLBIT_CACHE"):
+        sampled(random_model(CONFIGS["llama"]()), byte_tokenizer(), 1)
+
+
 @pytest.mark.parametrize("name", sorted(CONFIGS))
 def test_each_token_follows_from_all_before_it(name, monkeypatch):
     """Across the edge of a sliding window of 48; the likeliest token in the place of a draw."""

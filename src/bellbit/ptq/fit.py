@@ -17,6 +17,7 @@ from bellbit.ptq.resume import Saved
 WARM_UP = 0.05  # share of the steps
 LARGEST_NORM = 1.0  # of the gradient
 BETAS = (0.9, 0.95)
+SEEDS = 2**32 - 5  # a CPU's generator hears 32 bits of a seed, so larger ones go by their remainder to this prime
 
 
 @dataclass(frozen=True)
@@ -180,7 +181,8 @@ def fit(
     if not state.restore():
         state.add(held())
     for epoch in range(state.epochs, plan.epochs):
-        order = torch.randperm(plan.trained, generator=torch.Generator().manual_seed(plan.seed + epoch))
+        generator = torch.Generator().manual_seed((plan.seed + epoch) % SEEDS)
+        order = torch.randperm(plan.trained, generator=generator)
         for step, index in enumerate(order.tolist(), start=epoch * plan.trained):
             error(index, epoch).backward()
             clip([p.grad for p in tuned if p.grad is not None])

@@ -40,10 +40,6 @@ class LatentLinear(nn.Module):
         latent = torch.where(inside, relative, relative.clamp(low + MARGIN, low + 1 - MARGIN))
         return cls(latent + 0.0, scales.log(), width, bpw, bias)
 
-    @property
-    def in_features(self) -> int:
-        return self.latent.shape[1]
-
     def weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Ŵ (out, in)."""
         return straight_through(self.latent, self.log_scales.exp(), self.width, dtype, group_of(self.width, self.bpw))

@@ -175,9 +175,8 @@ def quantize(
 
     partial = partial_run(target)
     trained = asdict(EFFORTS[settings.effort])
-    saved = Saved(
-        partial, {**provenance, "effort": trained, "model": mark, "dtype": str(network.dtype)}, resume, overwrite
-    )
+    same = {**provenance, "effort": trained, "model": mark, "dtype": str(network.dtype)}
+    saved = Saved(partial, same, resume, overwrite, started)
 
     most = math.inf if allow_fallbacks else FALLBACK_LIMIT * len(shapes)
     spilled = partial if offload else None
@@ -323,8 +322,8 @@ class _Log:
     """One line of JSON for each linear, as it is done: bits, error and seconds, see `Run`, and whether it fell back."""
 
     def __init__(self, file: Path) -> None:
-        file.write_text("")
         self.file = file
+        self._write("w", "")
 
     def add(self, block: str, run: Run) -> None:
         lines = [
@@ -337,9 +336,12 @@ class _Log:
             }
             for linear in run.errors
         ]
+        self._write("a", "".join(json.dumps(line) + "\n" for line in lines))
+
+    def _write(self, mode: str, text: str) -> None:
         try:
-            with self.file.open("a", encoding="utf-8") as stream:
-                stream.writelines(json.dumps(line) + "\n" for line in lines)
+            with self.file.open(mode, encoding="utf-8") as stream:
+                stream.write(text)
         except OSError as error:
             raise BellbitError(
                 f"{disk_reason(error)} while writing {self.file}; --resume goes on from there"

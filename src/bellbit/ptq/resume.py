@@ -45,12 +45,15 @@ class Saved:
         fingerprint: Mapping[str, Any] = MappingProxyType({}),
         resume: bool = False,
         overwrite: bool = False,
+        started: float | None = None,
     ) -> None:
-        """fingerprint: what must be the same for a run to go on, as JSON has it.
+        """fingerprint: what must be the same for a run to go on, as JSON has it. started: when the run began, by
+        `perf_counter`; now, if not given.
 
         Raises BellbitError if the folder is that of another run, or if there is a run and nobody said what to do.
         """
-        self.folder, self.seconds, self._started = folder, 0.0, time.perf_counter()
+        self.folder, self.seconds = folder, 0.0
+        self._started = time.perf_counter() if started is None else started
         if folder is None:
             return
         wanted = json.loads(json.dumps(dict(fingerprint)))
@@ -76,6 +79,7 @@ class Saved:
         try:
             folder.mkdir(parents=True)
             write_text(file, json.dumps(wanted, indent=2) + "\n")
+            self._tell_time(folder)
         except OSError as error:
             raise BellbitError(f"{folder} cannot be made: {disk_reason(error)}; give another OUT") from error
 
@@ -103,9 +107,12 @@ class Saved:
         try:
             with beside(file) as partial:
                 save_file(contents, partial, metadata={_NOTES: json.dumps(notes)})
-            write_text(folder / _SECONDS, f"{self.seconds + time.perf_counter() - self._started:.1f}\n")
+            self._tell_time(folder)
         except (OSError, SafetensorError) as error:
             raise BellbitError(f"{disk_reason(error)} while writing {file}; --resume goes on from there") from error
+
+    def _tell_time(self, folder: Path) -> None:
+        write_text(folder / _SECONDS, f"{self.seconds + time.perf_counter() - self._started:.1f}\n")
 
     def notes(self, step: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The notes of a step, made and kept now if it was not done."""

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, StaticCache
 
-from bellbit.errors import BellbitError
+from bellbit.errors import BellbitError, disk_reason
 from bellbit.fetch import cache_dir
 from bellbit.files import beside
 from bellbit.loading import cache_argument
 from bellbit.ptq.attention import fast_attention
+from bellbit.ptq.fit import SEEDS
 from bellbit.ptq.resume import fingerprint
 
 SELF = "self"  # as --calib
@@ -32,26 +35,35 @@ def sampled_windows(
     """Texts as the model goes on from the mark that begins one, at temperature 1, past any end: (samples, seq_len).
 
     The mark is BOS, or EOS where that is what separates texts. int64, several texts in a window. They are kept in the
-    cache, by the model's weights. Raises BellbitError if the tokenizer has no such mark.
+    cache, by the model's weights and dtype. Raises BellbitError if the tokenizer has no such mark, or if they cannot be
+    kept.
     """
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if first is None:
         raise BellbitError("a text of the model's own begins with the BOS or EOS token, and this tokenizer has neither")
     length = min(TEXT, seq_len)
-    name = f"{fingerprint(model)}-{first}-{length}-{seed}"
+    name = f"{fingerprint(model)}-{str(model.dtype).removeprefix('torch.')}-{first}-{length}-{seed}"
     parts = math.ceil(samples * seq_len / length / TOGETHER)
     folder = cache_dir() / "self"
-    folder.mkdir(parents=True, exist_ok=True)
     texts = []
     for part in range(parts):
         file = folder / f"{name}-{part}.safetensors"
         if not file.exists():
-            written = _write(model, first, length, seed * MOST_PARTS + part)
-            with beside(file) as partial:
-                save_file({"texts": written}, partial)
+            _keep(file, _write(model, first, length, (seed * MOST_PARTS + part) % SEEDS))
         texts.append(load_file(file)["texts"])
         report((part + 1) / parts)
     return torch.cat(texts).flatten()[: samples * seq_len].view(samples, seq_len)
+
+
+def _keep(file: Path, texts: Tensor) -> None:
+    try:
+        file.parent.mkdir(exist_ok=True)
+        with beside(file) as partial:
+            save_file({"texts": texts}, partial)
+    except (OSError, SafetensorError) as error:
+        raise BellbitError(
+            f"{disk_reason(error)} while writing {file}; make room, or set BELLBIT_CACHE to another folder"
+        ) from error
 
 
 def _write(model: Any, first: int, length: int, seed: int) -> Tensor:
