@@ -27,6 +27,13 @@ def request_(tiny_model, english):
     return Request(str(tiny_model("llama")), f"{english}", 64, 4, str(english), samples=3, seed=0)
 
 
+def raising(error):
+    def fail(*_, **__):
+        raise error
+
+    return fail
+
+
 def test_every_default_method_is_one():
     assert len({parse(spec)[0] for spec in DEFAULT}) == 11
 
@@ -213,11 +220,8 @@ def test_a_row_tells_how_far_it_is_and_how_much_was_trained(request_, tmp_path):
 
 
 def test_the_memory_of_a_row_that_went_on_is_not_known(request_, tmp_path, monkeypatch):
-    def cut_off(*_):
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("bellbit.ptq.loop.Run.check", cut_off)
+        patch.setattr("bellbit.ptq.loop.Run.check", raising(KeyboardInterrupt))
         measure(request_, "gptq", tmp_path)
     assert measure(request_, "gptq", tmp_path).peak_bytes is None
 
@@ -232,13 +236,6 @@ def test_what_was_made_and_not_measured_is_not_made_again(request_, tmp_path, mo
     assert [path.name for path in tmp_path.iterdir()] == [ORIGINAL]
     again = measure(request_, "gptq", tmp_path)
     assert replace(went_on, seconds=again.seconds, peak_bytes=again.peak_bytes) == again
-
-
-def raising(error):
-    def fail(*_, **__):
-        raise error
-
-    return fail
 
 
 def test_a_text_that_is_not_there_is_told_before_anything_is_made(request_, tmp_path):
