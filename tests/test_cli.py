@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import pytest
 
@@ -146,10 +147,7 @@ def test_debug_shows_the_traceback(bellbit):
 
 
 def test_faults_of_our_own_are_told_apart(bellbit, monkeypatch, tiny_model):
-    def fail(*_):
-        raise RuntimeError("boom [x]")
-
-    monkeypatch.setattr("bellbit.inspection.inspect", fail)
+    monkeypatch.setattr("bellbit.inspection.inspect", Mock(side_effect=RuntimeError("boom [x]")))
     code, _, stderr = bellbit("inspect", tiny_model("llama"))
     assert code == 1 and "RuntimeError: boom [x]" in stderr and "--debug" in stderr
 

@@ -1,6 +1,7 @@
 import json
 from dataclasses import replace
 from io import StringIO
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -25,13 +26,6 @@ from conftest import CONFIGS
 @pytest.fixture
 def request_(tiny_model, english):
     return Request(str(tiny_model("llama")), f"{english}", 64, 4, str(english), samples=3, seed=0)
-
-
-def raising(error):
-    def fail(*_, **__):
-        raise error
-
-    return fail
 
 
 def test_every_default_method_is_one():
@@ -221,17 +215,17 @@ def test_a_row_tells_how_far_it_is_and_how_much_was_trained(request_, tmp_path):
 
 def test_the_memory_of_a_row_that_went_on_is_not_known(request_, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("bellbit.ptq.loop.Run.check", raising(KeyboardInterrupt))
+        patch.setattr("bellbit.ptq.loop.Run.check", Mock(side_effect=KeyboardInterrupt))
         measure(request_, "gptq", tmp_path)
     assert measure(request_, "gptq", tmp_path).peak_bytes is None
 
 
 def test_what_was_made_and_not_measured_is_not_made_again(request_, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(comparing, "perplexity", raising(KeyboardInterrupt))
+        patch.setattr(comparing, "perplexity", Mock(side_effect=KeyboardInterrupt))
         measure(request_, "gptq", tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(comparing, "quantize", raising(AssertionError))
+        patch.setattr(comparing, "quantize", Mock(side_effect=AssertionError))
         went_on = measure(request_, "gptq", tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [ORIGINAL]
     again = measure(request_, "gptq", tmp_path)
@@ -246,7 +240,7 @@ def test_a_text_that_is_not_there_is_told_before_anything_is_made(request_, tmp_
 
 def test_rows_of_a_comparison_that_was_removed_are_begun_anew(request_, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("bellbit.ptq.loop.Run.check", raising(KeyboardInterrupt))
+        patch.setattr("bellbit.ptq.loop.Run.check", Mock(side_effect=KeyboardInterrupt))
         measure(request_, "gptq", tmp_path)
     assert (tmp_path / ROWS / "gptq.partial").exists()
     (row,) = compare(replace(request_, samples=2), ["gptq"], tmp_path, lambda *_: None)

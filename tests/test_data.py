@@ -1,6 +1,7 @@
 import json
 import re
 import zipfile
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -91,11 +92,7 @@ def test_specs_that_mean_nothing_are_refused(text, spec, message):
 
 def test_an_unreachable_hub_is_said_with_the_alternatives(monkeypatch):
     datasets = pytest.importorskip("datasets")
-
-    def refuse(*_, **__):
-        raise ConnectionError("Couldn't reach the Hub")
-
-    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    monkeypatch.setattr(datasets, "load_dataset", Mock(side_effect=ConnectionError("Couldn't reach the Hub")))
     for name in ("wikitext2", "ptb", "c4"):
         with pytest.raises(BellbitError, match=r"(?s)Couldn't reach the Hub.*'wiki-sample' or a \.txt"):
             load_corpus(name, "train")

@@ -83,9 +83,11 @@ class Request:
 @dataclass(frozen=True)
 class Row:
     """One method. perplexity, divergence (mean KL from full precision, nats) and same_top (share of positions with the
-    same likeliest token) are by text. seconds, peak_bytes: of quantization, all included, but the seconds of
-    text that an earlier run left in the cache; None for the model as it is, and the memory of a row that was cut off
-    and went on. machine: its CPU. epochs: of each rung that trains, if any do.
+    same likeliest token) are by text.
+
+    seconds, peak_bytes: of quantization, all included but the seconds of text that an earlier run left in the cache;
+    None for the model as it is, and the memory of a row that was cut off and went on. machine: its CPU. epochs: of each
+    rung that trains, if any do.
     """
 
     spec: str

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 from contextlib import contextmanager
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -185,10 +186,8 @@ def test_a_folder_that_cannot_be_made_is_said(tiny_model):
 
 
 def test_hidden_states_that_the_disk_has_no_room_for_are_said(tiny_model, english, tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
+    no_room = Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
+    monkeypatch.setattr(os, "posix_fallocate", no_room, raising=False)
     with pytest.raises(BellbitError, match=r"no space left for hidden states of .*; free some and --resume, or leave"):
         bellbit.quantize(tiny_model("llama"), tmp_path / "out", "gptq", calib=str(english), offload=True, **TEXT)
     assert not (tmp_path / "out").exists()

@@ -5,6 +5,7 @@ import json
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -276,11 +277,7 @@ def test_a_full_disk_is_said_and_no_checkpoint_is_left(quantize, tmp_path, monke
         patch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage)
         with pytest.raises(BellbitError, match="no space: the checkpoint takes"):
             quantize(method="rtn", resume=True)
-
-    def fail(*_, **__):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(checkpoint, "save_file", fail)
+    monkeypatch.setattr(checkpoint, "save_file", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
     with pytest.raises(BellbitError, match=r"no space left while writing .*; there is no checkpoint, --resume"):
         quantize(method="rtn", resume=True)
     assert no_checkpoint_is_left(tmp_path)
@@ -314,10 +311,7 @@ def test_a_checkpoint_that_reloads_differently_is_not_kept(quantize, tmp_path, m
 
 
 def test_an_interrupted_run_leaves_no_checkpoint(quantize, tmp_path, monkeypatch):
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(save, "_check_reload", interrupt)
+    monkeypatch.setattr(save, "_check_reload", Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         quantize(method="rtn")
     assert no_checkpoint_is_left(tmp_path)

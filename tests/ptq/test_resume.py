@@ -1,10 +1,12 @@
 """Runs that are cut off anywhere and go on: by an exception in this process, and by SIGKILL in another."""
 
+import errno
 import multiprocessing
 import os
 import random
 import signal
 import time
+from unittest.mock import Mock
 
 import pytest
 
@@ -72,11 +74,8 @@ def test_a_run_that_kept_nothing_is_none(tmp_path):
 def test_a_full_disk_while_a_step_is_kept_is_told(tmp_path, monkeypatch):
     saved = Saved(tmp_path / "x", {})
     saved.keep("one", {})
-
-    def full(*_, **__):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("bellbit.ptq.resume.save_file", full)
+    no_room = Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
+    monkeypatch.setattr("bellbit.ptq.resume.save_file", no_room)
     with pytest.raises(BellbitError, match=r"no space left while writing .*two.safetensors; --resume goes on"):
         saved.keep("two", {})
     assert saved.has("one") and not saved.has("two")

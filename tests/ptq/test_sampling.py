@@ -1,3 +1,6 @@
+import errno
+from unittest.mock import Mock
+
 import pytest
 import torch
 
@@ -43,10 +46,7 @@ def test_text_is_kept_apart_by_dtype_and_any_seed_does(tmp_path):
 
 
 def test_a_cache_that_cannot_be_written_is_told(monkeypatch):
-    def full(*_, **__):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(sampling, "save_file", full)
+    monkeypatch.setattr(sampling, "save_file", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
     with pytest.raises(BellbitError, match=r"no space left while writing .*; make room, or set BELLBIT_CACHE"):
         sampled(random_model(CONFIGS["llama"]()), byte_tokenizer(), 1)
 

@@ -62,9 +62,9 @@ class Settings:
     compensate: feed each block's error into the next ones. epsilon, ltdb_steps: of the column scales.
     ltdb: learn column scales, only smooth (T = T⁰), or leave out; `auto` as the published reference does for the
     family. act_scope: one activation step per token or per tensor; `auto` likewise. scale_bits: 16 or 8.
-    Of bellbit only: bpw, the most bits per quantized weight, all stored bits counted (at
-    1.125, in rows that 128 does not divide, a little more: their last scale has fewer signs); effort; rungs, those of
-    RUNGS that are climbed, none for those of the effort; columns, which estimate of column scales is folded, if any.
+    Of bellbit only: bpw, the most bits per quantized weight, all stored bits counted (at 1.125, in rows that 128 does
+    not divide, a little more: their last scale has fewer signs); effort; rungs, those of RUNGS that are climbed, none
+    for those of the effort; columns, which estimate of column scales is folded, if any.
     """
 
     method: str = "dbellquant"
