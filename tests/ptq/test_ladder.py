@@ -218,8 +218,9 @@ def test_the_same_seed_gives_the_same_bytes(briefly, whole):
     assert all(torch.equal(a, b) for a, b in zip(*tensors, strict=True))
 
 
-@pytest.mark.parametrize("stop", [0.2, 0.55, 0.59, 0.63, 0.8, 0.99])
-def test_a_run_cut_off_anywhere_goes_on_to_the_same_bytes(tmp_path, briefly, whole, stop):
+def gone_on(folder, stop, **options):
+    """A run that is cut off when `stop` of it is done, and goes on: model, run, and what the rest reported."""
+
     class Cut(Exception):
         pass
 
@@ -228,22 +229,35 @@ def test_a_run_cut_off_anywhere_goes_on_to_the_same_bytes(tmp_path, briefly, who
             raise Cut
 
     with pytest.raises(Cut):
-        climbed(effort="best", saved=Saved(tmp_path / "partial", {}, False, False), progress=cut)
+        climbed(saved=Saved(folder), progress=cut, **options)
     told = []
-    found, run = climbed(
-        effort="best",
-        saved=Saved(tmp_path / "partial", {}, True, False),
-        progress=lambda *done: told.append(done),
-    )
-    assert len(run.errors) == 14
-    assert stop < 0.57 or not any("reconstruction" in text for _, text in told), "blocks are not trained again"
-    if stop == 0.63:  # in the second epoch of the tail, which is two from .57 to .65
-        assert min(share for share, text in told if text.startswith("last")) > 0.61, "the first is not done again"
+    saved = Saved(folder, resume=True)
+    return *climbed(saved=saved, progress=lambda *done: told.append(done), **options), told
+
+
+def assert_same_bytes(whole, found):
     for name, layer in packed_linears(whole).items():
         other = packed_linears(found)[name]
         assert all(torch.equal(a, other.packed.tensors[key]) for key, a in layer.packed.tensors.items())
     for (_, a), (_, b) in zip(whole.named_parameters(), found.named_parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("stop", [0.2, 0.55, 0.59, 0.63, 0.8, 0.99])
+def test_a_run_cut_off_anywhere_goes_on_to_the_same_bytes(tmp_path, briefly, whole, stop):
+    found, run, told = gone_on(tmp_path / "partial", stop, effort="best")
+    assert len(run.errors) == 14
+    assert stop < 0.57 or not any("reconstruction" in text for _, text in told), "blocks are not trained again"
+    if stop == 0.63:  # in the second epoch of the tail, which is two from .57 to .65
+        assert min(share for share, text in told if text.startswith("last")) > 0.61, "the first is not done again"
+    assert_same_bytes(whole, found)
+
+
+def test_a_run_with_a_budget_and_column_scales_goes_on_to_the_same_bytes(tmp_path):
+    options = {"bpw": 2.4, "columns": "rank1"}
+    whole, _ = climbed(**options)
+    for stop in (0.5, 0.92):  # in the second block, in the tail
+        assert_same_bytes(whole, gone_on(tmp_path / str(stop), stop, **options)[0])
 
 
 def test_a_run_is_resumed_only_by_its_like(tmp_path):
