@@ -118,6 +118,20 @@ def byte_tokenizer():
     )
 
 
+class Cut(Exception):
+    """What ends a run in a test."""
+
+
+def cut_after(stop):
+    """A `progress` that ends the run when a share of more than `stop` is done."""
+
+    def progress(share, text):
+        if share > stop:
+            raise Cut
+
+    return progress
+
+
 def family_named(name):
     """The family of one of CONFIGS."""
     return family_of(CONFIGS[name]())

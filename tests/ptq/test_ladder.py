@@ -24,7 +24,7 @@ from bellbit.ptq.methods import RUNGS, Settings, bits_of_levels, group_of
 from bellbit.ptq.reconstruct import FIRST_TOKEN, robust_error
 from bellbit.ptq.resume import Saved, fingerprint
 from bellbit.ptq.stream import BlockStream
-from conftest import CONFIGS, family_named, random_model
+from conftest import CONFIGS, Cut, cut_after, family_named, random_model
 
 BRIEF = effort.Effort(blocks=2, tail=2, distilled=2)
 
@@ -220,16 +220,8 @@ def test_the_same_seed_gives_the_same_bytes(briefly, whole):
 
 def gone_on(folder, stop, **options):
     """A run that is cut off when `stop` of it is done, and goes on: model, run, and what the rest reported."""
-
-    class Cut(Exception):
-        pass
-
-    def cut(share, text):
-        if share > stop:
-            raise Cut
-
     with pytest.raises(Cut):
-        climbed(saved=Saved(folder), progress=cut, **options)
+        climbed(saved=Saved(folder), progress=cut_after(stop), **options)
     told = []
     saved = Saved(folder, resume=True)
     return *climbed(saved=saved, progress=lambda *done: told.append(done), **options), told

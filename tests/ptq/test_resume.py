@@ -14,12 +14,9 @@ import bellbit
 from bellbit.errors import BellbitError
 from bellbit.ptq import loop
 from bellbit.ptq.resume import Saved
+from conftest import Cut, cut_after
 
 TEXT = {"samples": 6, "seq_len": 64}
-
-
-class Cut(Exception):
-    """What ends a run in a test."""
 
 
 def files(folder):
@@ -41,13 +38,9 @@ def test_a_run_of_any_method_goes_on_to_the_same_bytes(family, method, options, 
     def run(out, **others):
         return bellbit.quantize(tiny_model(family), out, method, calib=str(english), **TEXT, **options, **others)
 
-    def cut(share, text):
-        if share > stop:
-            raise Cut
-
     whole = run(tmp_path / "whole")
     with pytest.raises(Cut):
-        run(tmp_path / "cut", progress=cut)
+        run(tmp_path / "cut", progress=cut_after(stop))
     assert not (tmp_path / "cut").exists()
     with pytest.raises(BellbitError, match="holds an unfinished run: --resume goes on with it"):
         run(tmp_path / "cut")
