@@ -6,6 +6,7 @@ os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton, which to
 
 import pydoc_data.topics
 from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -130,6 +131,18 @@ def cut_after(stop):
             raise Cut
 
     return progress
+
+
+@contextmanager
+def little_room():
+    """No file can grow beyond 50 000 bytes."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def family_named(name):

@@ -26,7 +26,7 @@ from bellbit.packed.gguf_tokenizer import _split_rule, add_tokenizer
 from bellbit.packed.gguf_types import TYPES, choose, pack_q6_k
 from bellbit.packed.hf import _input_quantizer
 from bellbit.packed.linear import packed_linears
-from conftest import LLAMA_LIKE, VOCABULARY
+from conftest import LLAMA_LIKE, VOCABULARY, little_room
 
 _WIDTHS = LLAMA_LIKE | {
     "hidden_size": 256,
@@ -196,6 +196,14 @@ def test_the_chosen_type_has_the_least_error():
     assert stored.nbytes * 8 == kind.bits * values.size
     with pytest.raises(BellbitError, match=r"no GGUF type of at most 3 bits a weight holds rows of 96 columns"):
         choose(values, 3)
+
+
+def test_a_write_that_fails_half_way_leaves_no_file(checkpoint, tmp_path):
+    folder = checkpoint("llama")
+    message = r"while writing .*model.gguf; make room, or give another name"
+    with little_room(), pytest.raises(BellbitError, match=message):
+        export_gguf(folder, tmp_path / "model.gguf")
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_cannot_be_exported_says_why(checkpoint, tiny_model, tmp_path):

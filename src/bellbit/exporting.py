@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bellbit.errors import BellbitError
+from bellbit.files import writing
 from bellbit.loading import load_config, load_model, load_tokenizer, locate, quantized_by
 from bellbit.packed.gguf_export import Exported, export
 from bellbit.packed.hf import QUANT_METHOD
@@ -36,7 +37,5 @@ def export_gguf(
     if quantized_by(config, location) != QUANT_METHOD:
         raise BellbitError(f"{model} is no checkpoint of bellbit; quantize it first (`--method sign` is the quickest)")
     network, tokenizer = load_model(location), load_tokenizer(location)
-    try:
+    with writing(target, "make room, or give another name"):
         return export(network, tokenizer, target, budget=budget, embedding=embedding, report=progress)
-    except OSError as error:
-        raise BellbitError(f"cannot write {target}: {error}") from error

@@ -7,6 +7,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
+from bellbit.errors import BellbitError, disk_reason
+
+
+@contextmanager
+def writing(target: Path, way_out: str) -> Iterator[None]:
+    """Around what writes `target`: BellbitError with the way out if the disk is full, or it cannot be."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise BellbitError(f"{disk_reason(error)} while writing {target}; {way_out}") from error
+
 
 @contextmanager
 def beside(file: Path) -> Iterator[Path]:

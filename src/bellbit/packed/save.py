@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from bellbit.core.activations import Scope
-from bellbit.errors import BellbitError, disk_reason
+from bellbit.errors import BellbitError
+from bellbit.files import writing
 from bellbit.packed.checkpoint import write_shards
 from bellbit.packed.hf import QUANT_METHOD, BellbitConfig
 from bellbit.packed.linear import packed_linears
@@ -150,26 +150,23 @@ def save_checkpoint(
     """
     folder = None
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-        folder.chmod(0o755)
-        write_shards(StoredTensors(model, None if apart is None else apart.tensor), folder)
-        if config is not None:
-            model.config.quantization_config = config
-        model.config.dtype = model.dtype
-        model.config.architectures = [type(model).__name__]
-        model.config.save_pretrained(folder)
-        if model.generation_config is not None:
-            model.generation_config.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        for file in folder.iterdir():
-            file.chmod(0o644)  # safetensors writes for the owner alone
-        _check_reload(model, folder, probe, apart)
-        _put_in_place(folder, target, overwrite)
-    except (OSError, SafetensorError) as error:
-        raise BellbitError(
-            f"{disk_reason(error)} while writing {target}; there is no checkpoint, --resume tries again"
-        ) from error
+        with writing(target, "there is no checkpoint, --resume tries again"):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+            folder.chmod(0o755)
+            write_shards(StoredTensors(model, None if apart is None else apart.tensor), folder)
+            if config is not None:
+                model.config.quantization_config = config
+            model.config.dtype = model.dtype
+            model.config.architectures = [type(model).__name__]
+            model.config.save_pretrained(folder)
+            if model.generation_config is not None:
+                model.generation_config.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            for file in folder.iterdir():
+                file.chmod(0o644)  # safetensors writes for the owner alone
+            _check_reload(model, folder, probe, apart)
+            _put_in_place(folder, target, overwrite)
     finally:
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)

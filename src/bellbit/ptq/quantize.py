@@ -19,7 +19,8 @@ from torch import Tensor
 
 from bellbit import __version__
 from bellbit.data import calibration_windows, interleave, load_corpus, shares
-from bellbit.errors import BellbitError, disk_reason
+from bellbit.errors import BellbitError
+from bellbit.files import writing
 from bellbit.loading import (
     Location,
     bf16_pays,
@@ -44,7 +45,7 @@ from bellbit.ptq.ladder import check_text, climb, takes_whole
 from bellbit.ptq.layers import linear_shapes
 from bellbit.ptq.loop import FALLBACK_LIMIT, quantize_model
 from bellbit.ptq.methods import METHODS, Settings
-from bellbit.ptq.resume import Saved, fingerprint
+from bellbit.ptq.resume import GO_ON, Saved, fingerprint
 from bellbit.ptq.run import Observer, Progress, Run
 from bellbit.ptq.sampling import SELF, sampled_windows
 
@@ -339,10 +340,5 @@ class _Log:
         self._write("a", "".join(json.dumps(line) + "\n" for line in lines))
 
     def _write(self, mode: str, text: str) -> None:
-        try:
-            with self.file.open(mode, encoding="utf-8") as stream:
-                stream.write(text)
-        except OSError as error:
-            raise BellbitError(
-                f"{disk_reason(error)} while writing {self.file}; --resume goes on from there"
-            ) from error
+        with writing(self.file, GO_ON), self.file.open(mode, encoding="utf-8") as stream:
+            stream.write(text)

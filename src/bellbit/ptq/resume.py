@@ -11,15 +11,16 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from bellbit.errors import BellbitError, disk_reason
-from bellbit.files import beside, write_text
+from bellbit.files import beside, write_text, writing
 from bellbit.processes import processes
 
 HASHED = 4096  # values of each tensor
+GO_ON = "--resume goes on from there"
 _FINGERPRINT, _NOTES, _SECONDS = "run.json", "notes", "seconds"
 
 
@@ -104,12 +105,10 @@ class Saved:
     def _write(self, folder: Path, step: str, tensors: Mapping[str, Tensor], notes: dict[str, Any]) -> None:
         file = folder / f"{step}.safetensors"
         contents = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        try:
+        with writing(file, GO_ON):
             with beside(file) as partial:
                 save_file(contents, partial, metadata={_NOTES: json.dumps(notes)})
             self._tell_time(folder)
-        except (OSError, SafetensorError) as error:
-            raise BellbitError(f"{disk_reason(error)} while writing {file}; --resume goes on from there") from error
 
     def _tell_time(self, folder: Path) -> None:
         write_text(folder / _SECONDS, f"{self.seconds + time.perf_counter() - self._started:.1f}\n")

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, StaticCache
 
-from bellbit.errors import BellbitError, disk_reason
+from bellbit.errors import BellbitError
 from bellbit.fetch import cache_dir
-from bellbit.files import beside
+from bellbit.files import beside, writing
 from bellbit.loading import cache_argument
 from bellbit.ptq.attention import fast_attention
 from bellbit.ptq.fit import SEEDS
@@ -56,14 +55,10 @@ def sampled_windows(
 
 
 def _keep(file: Path, texts: Tensor) -> None:
-    try:
+    with writing(file, "make room, or set BELLBIT_CACHE to another folder"):
         file.parent.mkdir(exist_ok=True)
         with beside(file) as partial:
             save_file({"texts": texts}, partial)
-    except (OSError, SafetensorError) as error:
-        raise BellbitError(
-            f"{disk_reason(error)} while writing {file}; make room, or set BELLBIT_CACHE to another folder"
-        ) from error
 
 
 def _write(model: Any, first: int, length: int, seed: int) -> Tensor:
