@@ -14,7 +14,7 @@ from bellbit.errors import BellbitError, disk_reason
 
 @contextmanager
 def writing(target: Path, way_out: str) -> Iterator[None]:
-    """Around what writes `target`: BellbitError with the way out if the disk is full, or it cannot be."""
+    """Around what writes `target`. Raises BellbitError with the cause and the way out if that fails."""
     try:
         yield
     except (OSError, SafetensorError) as error:

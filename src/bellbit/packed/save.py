@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any, Protocol
 
 import torch
@@ -148,11 +148,10 @@ def save_checkpoint(
     that are not in memory.
     Raises BellbitError if the disk is full or the reloaded model does not give the same logits.
     """
-    folder = None
-    try:
-        with writing(target, "there is no checkpoint, --resume tries again"):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    with writing(target, "there is no checkpoint, --resume tries again"):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent, ignore_cleanup_errors=True) as made:
+            folder = Path(made)
             folder.chmod(0o755)
             write_shards(StoredTensors(model, None if apart is None else apart.tensor), folder)
             if config is not None:
@@ -167,9 +166,6 @@ def save_checkpoint(
                 file.chmod(0o644)  # safetensors writes for the owner alone
             _check_reload(model, folder, probe, apart)
             _put_in_place(folder, target, overwrite)
-    finally:
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _check_reload(model: Any, folder: Path, probe: Tensor, apart: Apart | None) -> None:
@@ -193,7 +189,7 @@ def _check_reload(model: Any, folder: Path, probe: Tensor, apart: Apart | None) 
 def _put_in_place(folder: Path, target: Path, overwrite: bool) -> None:
     """Rename `folder` to `target`, replacing what is there only with `overwrite`."""
     if overwrite and target.is_dir():
-        old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+        old = Path(mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
         target.replace(old)
         try:
             folder.replace(target)
